@@ -1,0 +1,185 @@
+"""Dataclasses of every job's options, and the recipe parser: YAML as argparse defaults, then --key value on top.
+
+The dataclasses are the only place where a default lives.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}; choose from {', '.join(choices)}")
+
+
+def option(default, text: str):
+    """A dataclass field with its help line."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """The model to start from."""
+
+    base_model: str = option("tiny", "Folder or Hub id of a Janus model, native or DeepSeek format; 'tiny' ships along.")
+    model_revision: str | None = option(None, "Branch, tag or commit of the base model on the Hub.")
+    dtype: str = option("float32", "Type of the base model's weights: float32, bfloat16 or float16. The VQ stays float32.")
+    attn_implementation: str | None = option(None, "eager, sdpa or flash_attention_2; transformers' choice if not given.")
+    load_in_4bit: bool = option(False, "Load the frozen base in 4 bits (bitsandbytes, GPU): QLoRA.")
+
+    def __post_init__(self):
+        _choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+
+
+@dataclass
+class LoraArguments:
+    """The adapter."""
+
+    lora_r: int = option(8, "Rank of the LoRA matrices.")
+    lora_alpha: int = option(16, "LoRA scaling numerator.")
+    lora_dropout: float = option(0.05, "Dropout before the LoRA matrices.")
+    use_dora: bool = option(False, "Weight-decomposed LoRA (DoRA).")
+    use_rslora: bool = option(False, "Scale by the square root of the rank (rsLoRA).")
+
+
+@dataclass
+class DataArguments:
+    """Where the photo pairs come from and how they are labelled."""
+
+    source: str = option("shapes", "shapes (built in), magicbrush, folder (sample_XXXX), sharegpt4o (JSON) or jsonl.")
+    path: str | None = option(None, "Folder, file or Hub id of the data; not needed for shapes.")
+    split: str = option("train", "Split of a Hub data set.")
+    limit: int | None = option(None, "Use at most this many records.")
+    shuffle: bool = option(False, "Shuffle the records before the limit is taken.")
+    include: list[str] = option([], "Keep records whose instruction holds these words.")
+    exclude: list[str] = option([], "Leave out records whose instruction holds these words.")
+    match: str = option("any", "Whether any or all of the words above must be there.")
+    turn_index: int | None = option(None, "MagicBrush: keep this turn only.")
+    streaming: bool = option(False, "MagicBrush: read the data set as a stream, without downloading it whole.")
+    shapes_size: int = option(64, "shapes: side of the rendered pictures, pixels.")
+    photos_folder: str | None = option(None, "shapes: draw on the photographs of this folder instead of the packaged ones.")
+    eval_samples: int = option(50, "Records held out for evaluation.")
+    clear_label: str = option("pixels", "Where CLEAR is the label: equal tokens, pixels, or outside the human mask.")
+    pixel_tolerance: int = option(16, "clear_label=pixels: largest difference of an unchanged patch, of 255.")
+    on_bad_record: str = option("error", "error stops at a bad record, skip leaves it out and lists it.")
+    prepared_dir: str = option("outputs/prepared", "Where tokenized data is kept and found again.")
+    prepare_batch_size: int = option(16, "Pairs that are tokenized at once.")
+    split_seed: int = option(42, "Seed of shuffling, of the held-out split and of the built-in shapes.")
+
+    def __post_init__(self):
+        _choice("source", self.source, ("shapes", "magicbrush", "folder", "sharegpt4o", "jsonl"))
+        _choice("match", self.match, ("any", "all"))
+        _choice("clear_label", self.clear_label, ("tokens", "pixels", "mask"))
+        _choice("on_bad_record", self.on_bad_record, ("error", "skip"))
+        if self.source != "shapes" and not self.path and self.source != "magicbrush":
+            raise ValueError(f"source: {self.source} needs path: the folder or file to read")
+
+
+@dataclass
+class ClearArguments:
+    """The CLEAR objective and what is watched while training."""
+
+    clear_weight: float = option(0.3, "Class weight of CLEAR in the loss; inference takes its logarithm off again.")
+    tune_clear_weight: bool = option(False, "The original's auto-tuning: move the weight after each evaluation.")
+    drop_all: float = option(0.1, "Share of rows that see neither picture nor words (trains the uncond row).")
+    drop_source: float = option(0.5, "Share of the other rows that do not see the source codes (trains the part row).")
+    clear_head_lr: float | None = option(None, "Learning rate of the CLEAR linear; learning_rate if not given.")
+    sample_edits: int = option(4, "Held-out pictures that are edited and saved at each evaluation; 0 for none.")
+
+    def __post_init__(self):
+        if self.clear_weight <= 0:
+            raise ValueError(f"clear_weight={self.clear_weight}; expected a positive number, 1 for no re-weighting")
+        for name in ("drop_all", "drop_source"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected a share between 0 and 1")
+
+
+@dataclass
+class ClearTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with the defaults of the original's recipe."""
+
+    output_dir: str = option("outputs/clear", "Where checkpoints, samples and the final adapter are written.")
+    learning_rate: float = option(5e-5, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = option("constant", "Learning rate schedule.")
+    num_train_epochs: float = option(1.0, "Passes over the data.")
+    per_device_train_batch_size: int = option(1, "Records per device and step.")
+    per_device_eval_batch_size: int = option(4, "Records per device in evaluation.")
+    max_grad_norm: float = option(1.0, "Gradient clipping.")
+    logging_steps: float = option(10, "Log every so many steps.")
+    eval_strategy: str = option("steps", "no, steps or epoch.")
+    eval_steps: float | None = option(100, "Evaluate every so many steps.")
+    save_steps: float = option(100, "Save a checkpoint every so many steps.")
+    save_total_limit: int | None = option(2, "Checkpoints that are kept.")
+    remove_unused_columns: bool = option(False, "Must stay off: the collator reads columns that the model does not.")
+    prediction_loss_only: bool = option(True, "Evaluation keeps no logits.")
+    label_names: list[str] | None = option(["labels"], "Column of the labels.")
+    report_to: list[str] | str | None = option("none", "tensorboard, trackio, wandb, or none.")
+
+
+class RecipeParser(HfArgumentParser):
+    """Command lines of the form `[recipe.yaml] --key value …` into dataclasses.
+
+    The recipe's values become argparse defaults, so they are cast like flags and flags override them. A key that no
+    dataclass has is an error that names the nearest one.
+    """
+
+    def parse(self, argv: list[str] | None = None) -> tuple:
+        argv = list(sys.argv[1:] if argv is None else argv)
+        recipe = argv.pop(0) if argv and argv[0].endswith((".yaml", ".yml")) else None
+        if recipe is not None:
+            self.set_defaults(**self._read(recipe))
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown
+            self.error("; ".join(self._suggest(flag.lstrip("-"), f"unknown option {flag}") for flag in flags))
+        try:
+            return tuple(
+                kind(**{name: getattr(namespace, name) for name in _init_names(kind)}) for kind in self.dataclass_types
+            )
+        except ValueError as error:
+            self.error(str(error))
+
+    def _read(self, recipe: str) -> dict:
+        try:
+            content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        except OSError as error:
+            self.error(f"cannot read the recipe {recipe}: {error.strerror}")
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            self.error(f"{recipe} is not valid YAML: {error}")
+        if not isinstance(content, dict):
+            self.error(f"{recipe}: expected `key: value` lines, found {type(content).__name__}")
+        for key, value in content.items():
+            if key not in self._names():
+                self.error(self._suggest(str(key), f"{recipe}: unknown key {key!r}"))
+            if isinstance(value, dict):
+                content[key] = yaml.safe_dump(value)
+        for action in self._actions:
+            action.required = action.required and action.dest not in content
+            value = content.get(action.dest)
+            if action.nargs in ("+", "*") and value is not None and not isinstance(value, list):
+                content[action.dest] = [value]
+            elif isinstance(value, (int, float)) and not isinstance(value, bool) and action.type is not None:
+                content[action.dest] = str(value)
+            elif isinstance(value, list) and action.nargs not in ("+", "*"):
+                self.error(f"{recipe}: {action.dest} is a list; expected one value")
+        return content
+
+    def _names(self) -> list[str]:
+        return [action.dest for action in self._actions if action.dest != "help"]
+
+    def _suggest(self, name: str, message: str) -> str:
+        near = difflib.get_close_matches(name, self._names(), n=1)
+        return message + (f"; did you mean {near[0]!r}?" if near else "; see --help for the valid names")
+
+
+def _init_names(kind) -> list[str]:
+    return [name for name, f in kind.__dataclass_fields__.items() if f.init]

@@ -1,0 +1,398 @@
+"""Where photo pairs come from: MagicBrush-like tables, sample folders, ShareGPT-4o-Image, and the built-in shapes.
+
+Every source returns the same columns (`FEATURES`) with pictures still encoded; `read_example` decodes and checks one
+row. Knows nothing of squares, tokens or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL
+from PIL import Image
+from tqdm.auto import tqdm
+
+from thinkclearly.data import shapes as shape_generator
+from thinkclearly.images import ImageError, load_image, load_mask
+
+logger = logging.getLogger(__name__)
+
+FEATURES = datasets.Features(
+    {
+        "key": datasets.Value("string"),
+        "instruction": datasets.Value("string"),
+        "source": datasets.Image(decode=False),
+        "target": datasets.Image(decode=False),
+        "mask": datasets.Image(decode=False),
+    }
+)
+COLUMNS = {  # our name -> the names tables use, best first
+    "instruction": ("instruction", "edit_instruction", "edit_prompt", "input_prompt", "prompt", "edit"),
+    "source": ("source_img", "source", "source_image", "input_image", "original_image", "input"),
+    "target": ("target_img", "target", "target_image", "edited_image", "output_image", "output"),
+    "mask": ("mask_img", "mask", "mask_image", "edit_mask"),
+}
+SHUFFLE_BUFFER = 1000  # records a streamed table holds back to shuffle among
+TEST_OFFSET = 1_000_000_000  # so that training and test shapes of one seed are never the same example
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; the message names it, says what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class EditExample:
+    """One edit: RGB pictures before and after (sizes may differ), what was asked, and where it was allowed.
+
+    `mask` is mode "L" at the source's size, 255 where edited, or `None` where the record has no usable one.
+    """
+
+    source: Image.Image
+    target: Image.Image
+    instruction: str
+    mask: Image.Image | None = None
+    key: str = ""
+
+
+def read_example(row: Mapping) -> EditExample:
+    """Decode and check one row of a source. Raises `BadRecord`, whose message starts with the row's key."""
+    key = row["key"]
+    instruction = (row["instruction"] or "").strip()
+    if not instruction:
+        raise BadRecord(f"{key}: the instruction is empty; expected what to change, in words.")
+    try:
+        source, target = (load_image(row[side] or {}, _label(row, side)) for side in ("source", "target"))
+        mask = load_mask(row["mask"], _label(row, "mask")) if row["mask"] else None
+    except ImageError as error:
+        raise BadRecord(str(error)) from error
+    if row["mask"] and mask is None:
+        _warn_once("Some masks are colour pictures without transparency; these tell nothing and are ignored.")
+    if mask is not None and mask.size != source.size:  # MagicBrush stores some masks at other sizes
+        mask = mask.resize(source.size, Image.Resampling.NEAREST)
+    return EditExample(source, target, instruction, mask, key)
+
+
+def _label(row: Mapping, side: str) -> str:
+    path = (row[side] or {}).get("path")
+    return f"{row['key']}: {side}" + (f" {path}" if path else "")
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def magicbrush(
+    path_or_id: str = "osunlp/MagicBrush",
+    split: str = "train",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    match: str = "any",
+    turn_index: int | None = None,
+    shuffle_seed: int | None = None,
+    limit: int | None = None,
+    streaming: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """A table of edits with MagicBrush's columns, or other common names for them.
+
+    Args:
+        path_or_id (`str`): a Hub id, a Parquet file, or a folder that `datasets.load_dataset` understands.
+        split (`str`, defaults to `"train"`): not used for a single Parquet file.
+        include (`Sequence[str]`): keep instructions that contain these, upper and lower case alike.
+        exclude (`Sequence[str]`): drop instructions that contain any of these.
+        match (`str`, defaults to `"any"`): whether `"any"` or `"all"` of `include` must occur.
+        turn_index (`int`, *optional*): keep only this turn of multi-turn sessions, counted from 1.
+        shuffle_seed (`int`, *optional*): shuffle; when streaming, among `SHUFFLE_BUFFER` records at a time.
+        limit (`int`, *optional*): keep at most this many records, after filtering and shuffling.
+
+    Returns:
+        `datasets.Dataset` or, when streaming, `datasets.IterableDataset`: `FEATURES`; a key is `dev[12]`, the row
+        counted before filtering.
+
+    Raises:
+        ValueError: an unknown `match`, a column that cannot be found, or no record left.
+        FileNotFoundError: a Parquet file that is not there.
+    """
+    if match not in ("any", "all"):
+        raise ValueError(f"match={match!r}: expected 'any' or 'all'.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: expected at least 1, or none.")
+    local = Path(path_or_id)
+    if local.suffix == ".parquet" and not local.is_file():
+        raise FileNotFoundError(f"{local}: no such file. Check the path.")
+    if local.is_file():
+        table = datasets.load_dataset("parquet", data_files=str(local), split="train", streaming=streaming)
+        prefix = local.name
+    else:
+        table = datasets.load_dataset(str(path_or_id), split=split, streaming=streaming)
+        prefix = split
+    if streaming and table.features is None:
+        table = table._resolve_features()
+    names = _find_columns(table.column_names, str(path_or_id), turn_index is not None)
+    for side in [s for s in ("source", "target", "mask") if s in names]:  # before anything decodes the pictures
+        table = table.cast_column(names[side], FEATURES[side])
+    table = table.select_columns(list(names.values()))
+    table = table.rename_columns({found: name for name, found in names.items() if found != name})
+    keep = partial(
+        _keep, include=[w.lower() for w in include], exclude=[w.lower() for w in exclude], match=match, turn=turn_index
+    )
+    tested = ["instruction", "turn_index"] if turn_index is not None else ["instruction"]
+    if streaming:
+        table = table.map(_with_key, with_indices=True, fn_kwargs={"prefix": prefix}, features=_with_turn(names))
+        table = table.filter(keep, input_columns=tested)
+        table = table if shuffle_seed is None else table.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
+        return (table if limit is None else table.take(limit)).select_columns(list(FEATURES))
+    rows = [i for i, values in enumerate(zip(*(table[column] for column in tested))) if keep(*values)]
+    if shuffle_seed is not None:
+        np.random.default_rng(shuffle_seed).shuffle(rows)
+    logger.info("%s: %d of %d records pass the filters", path_or_id, len(rows), len(table))
+    if not rows[:limit]:
+        raise ValueError(f"{path_or_id}: none of {len(table)} records is left; relax include, exclude, limit or turn.")
+    if "mask" not in names:
+        table = table.add_column("mask", [None] * len(table), feature=FEATURES["mask"])
+    table = table.add_column("key", [f"{prefix}[{i}]" for i in range(len(table))], feature=FEATURES["key"])
+    return table.select(rows[:limit]).select_columns(list(FEATURES))
+
+
+def _find_columns(found: list[str], where: str, with_turn: bool) -> dict[str, str]:
+    """Our column name -> the table's; a mask is optional."""
+    names = {name: next((c for c in known if c in found), None) for name, known in COLUMNS.items()}
+    if with_turn:
+        names["turn_index"] = "turn_index" if "turn_index" in found else None
+    missing = [name for name, column in names.items() if column is None and name != "mask"]
+    if missing:
+        known = "; ".join(f"{name} ({', '.join(COLUMNS.get(name, (name,)))})" for name in missing)
+        raise ValueError(
+            f"{where}: no column for {known}. Found: {', '.join(found)}. Rename the columns of the table."
+        )
+    return {name: column for name, column in names.items() if column is not None}
+
+
+def _keep(instruction: str | None, turn_found: int | None = None, *, include, exclude, match, turn) -> bool:
+    text = (instruction or "").lower()
+    wanted = not include or (any if match == "any" else all)(word in text for word in include)
+    return wanted and not any(word in text for word in exclude) and turn_found == turn
+
+
+def _with_key(row: dict, index: int, prefix: str) -> dict:
+    return {"mask": None, **row, "key": f"{prefix}[{index}]"}
+
+
+def _with_turn(names: Mapping[str, str]) -> datasets.Features:
+    return datasets.Features(
+        {**FEATURES, **({"turn_index": datasets.Value("int64")} if "turn_index" in names else {})}
+    )
+
+
+def folder(path: str | os.PathLike) -> datasets.Dataset:
+    """Directories `sample_XXXX/` of `source.png`, `target.png`, an optional `mask.png` and `metadata.json`.
+
+    `metadata.json` is an object with `instruction`; `source`, `target` and `mask` in it may name other files of the
+    same directory. Pictures are opened by `read_example` only.
+
+    Raises:
+        FileNotFoundError: no `sample_*` directory.
+        BadRecord: metadata that is missing, is not a JSON object, or names a file outside its directory.
+    """
+    root = Path(path)
+    samples = sorted((p for p in root.glob("sample_*") if p.is_dir()), key=lambda p: (len(p.name), p.name))
+    if not samples:
+        raise FileNotFoundError(f"{root}: no directory named sample_*; expected sample_0000/source.png and so on.")
+    rows = []
+    for sample in samples:
+        metadata = _read_json(sample / "metadata.json", dict)
+        row = {"key": sample.name, "instruction": _text(metadata.get("instruction"), sample.name, "instruction")}
+        for side in ("source", "target", "mask"):
+            given = metadata.get(side, f"{side}.png")
+            picture = _inside(sample, given, f"{sample / 'metadata.json'}: {side}")
+            absent = side == "mask" and side not in metadata and not picture.exists()
+            row[side] = None if absent else {"path": str(picture), "bytes": None}
+        rows.append(row)
+    return _of_files(rows)
+
+
+def write_folder(examples: Iterable[EditExample], path: str | os.PathLike) -> int:
+    """Write examples in the layout that `folder` reads; returns how many.
+
+    A sample appears under its name only when it is complete, so an interrupted export leaves whole samples.
+
+    Raises:
+        FileExistsError: `path` already holds samples; mixing two exports is never what was meant.
+    """
+    root = Path(path)
+    if any(root.glob("sample_*")):
+        raise FileExistsError(f"{root}: already holds samples; choose another folder or remove them first.")
+    root.mkdir(parents=True, exist_ok=True)
+    count = 0
+    for example in tqdm(examples, desc="Writing samples", unit="sample", disable=None):
+        name = f"sample_{count:04d}"
+        temporary = root / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for side in ("source", "target", "mask"):
+            picture = getattr(example, side)
+            if picture is not None:
+                picture.save(temporary / f"{side}.png")
+        metadata = {"instruction": example.instruction, "key": example.key}
+        (temporary / "metadata.json").write_text(json.dumps(metadata, ensure_ascii=False, indent=1), encoding="utf-8")
+        temporary.rename(root / name)
+        count += 1
+    return count
+
+
+def sharegpt4o(path: str | os.PathLike, limit: int | None = None) -> datasets.Dataset:
+    """The edits of a ShareGPT-4o-Image JSON array: records with exactly one `input_image`.
+
+    Text-to-image records (`input_image` absent, empty or null) and those with several input images are skipped,
+    counted and logged. Paths are relative to the JSON's directory. A key is `FILE[index in the array]`.
+
+    Raises:
+        BadRecord: the file is not a JSON array, or a record is malformed or names a file outside the directory.
+        ValueError: there is no edit in the file.
+    """
+    path = Path(path)
+    rows, without, several = [], 0, 0
+    for index, record in enumerate(_read_json(path, list)):
+        if limit is not None and len(rows) >= limit:
+            break
+        key = f"{path.name}[{index}]"
+        if not isinstance(record, dict):
+            raise BadRecord(f"{key}: found {type(record).__name__}, expected an object with 'input_prompt'.")
+        inputs = record.get("input_image") or []
+        if not isinstance(inputs, list):
+            raise BadRecord(f"{key}: 'input_image' is {type(inputs).__name__}, expected a list of paths.")
+        without += not inputs
+        several += len(inputs) > 1
+        if len(inputs) == 1:
+            source = _inside(path.parent, inputs[0], f"{key}: input_image")
+            target = _inside(path.parent, record.get("output_image"), f"{key}: output_image")
+            rows.append(
+                {
+                    "key": key,
+                    "instruction": _text(record.get("input_prompt"), key, "input_prompt"),
+                    "source": {"path": str(source), "bytes": None},
+                    "target": {"path": str(target), "bytes": None},
+                    "mask": None,
+                }
+            )
+    logger.info(
+        "%s: %d edits; skipped %d text-to-image records and %d with several input images",
+        path, len(rows), without, several,
+    )  # fmt: skip
+    if not rows:
+        raise ValueError(
+            f"{path}: no edit with one input image (skipped {without} text-to-image, {several} multi-image records)."
+        )
+    return _of_files(rows)
+
+
+def _of_files(rows: list[dict]) -> datasets.Dataset:
+    """Rows of paths. A picture that changes on disk changes the fingerprint, so that no `map` reuses stale results."""
+    paths = [row[side]["path"] for row in rows for side in ("source", "target", "mask") if row[side]]
+    stamps = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, filter(os.path.exists, paths))]
+    digest = hashlib.sha256(repr(stamps).encode()).hexdigest()
+    info = datasets.DatasetInfo(description=f"files {digest}", features=FEATURES)
+    return datasets.Dataset.from_list(rows, features=FEATURES, info=info)
+
+
+def _read_json(path: Path, kind: type):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadRecord(f"{path}: cannot be read as JSON ({error}). Check that it exists and is complete.") from error
+    if not isinstance(content, kind):
+        expected = {dict: "an object", list: "an array"}[kind]
+        raise BadRecord(f"{path}: the top level is {type(content).__name__}, expected {expected}.")
+    return content
+
+
+def _text(value, key: str, field: str) -> str:
+    """A missing text becomes "", which `read_example` refuses, so that one bad record can be skipped."""
+    if value is not None and not isinstance(value, str):
+        raise BadRecord(f"{key}: '{field}' is {type(value).__name__}, expected text.")
+    return (value or "").encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be stored
+
+
+def _inside(root: Path, relative, where: str) -> Path:
+    """`root / relative`, refusing names that lead elsewhere. Links are the owner's own doing and are followed."""
+    if not isinstance(relative, str) or not relative:
+        raise BadRecord(f"{where} is {relative!r}, expected a relative path.")
+    parts = relative.replace("\\", "/").split("/")
+    if os.path.isabs(relative) or Path(relative).drive or ".." in parts:
+        raise BadRecord(f"{where} is {relative!r}, which leads outside {root}; expected a path inside it.")
+    return root / relative
+
+
+def shapes(
+    count: int,
+    size: int,
+    seed: int = 0,
+    split: str = "train",
+    photos_folder: str | os.PathLike | None = None,
+    operations: Sequence[str] = shape_generator.OPERATIONS,
+) -> datasets.Dataset:
+    """`count` built-in edits with true masks, `size` x `size`, rendered once as PNG into the datasets cache.
+
+    Row i is `random_edit(seed, n, photos, operations)` with n = i for training and `TEST_OFFSET` + i for test; its
+    key is `shapes[seed:n]`. The two splits share neither edits nor (packaged) photographs.
+
+    Args:
+        photos_folder (`str` or `os.PathLike`, *optional*): draw on all pictures under this folder instead of the
+            photographs that scikit-image and scikit-learn ship. Use different folders for training and test.
+
+    Raises:
+        ValueError: an unknown split or operation, no picture in the folder, or a count below 1.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r}: the built-in shapes have 'train' and 'test'.")
+    unknown = set(operations) - set(shape_generator.OPERATIONS)
+    if unknown or not operations:
+        raise ValueError(f"operations={operations!r}: expected some of {', '.join(shape_generator.OPERATIONS)}.")
+    if count < 1 or size < 32:
+        raise ValueError(f"shapes: count={count}, size={size}; expected at least 1 edit of at least 32 pixels.")
+    photos = shape_generator.packaged_photos(split) if photos_folder is None else _pictures(Path(photos_folder))
+    arguments = {
+        "numbers": (first := TEST_OFFSET * (split == "test"), first + count),
+        "size": size,
+        "seed": seed,
+        "photos": tuple(photos),  # a list would be taken for shards
+        "operations": tuple(operations),
+    }
+    files = [(photo, os.stat(photo).st_size, os.stat(photo).st_mtime_ns) for photo in photos]
+    code = inspect.getsource(shape_generator) + inspect.getsource(_render_shapes)
+    versions = (PIL.__version__, np.__version__, datasets.__version__)
+    fingerprint = hashlib.sha256(repr((sorted(arguments.items()), files, code, versions)).encode()).hexdigest()[:32]
+    return datasets.Dataset.from_generator(
+        _render_shapes, features=FEATURES, gen_kwargs=arguments, fingerprint=fingerprint
+    )
+
+
+def _pictures(root: Path) -> list[str]:
+    known = Image.registered_extensions()
+    photos = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in known and p.is_file())
+    if not photos:
+        raise ValueError(f"{root}: no picture in this folder; expected PNG, JPEG or other files that Pillow reads.")
+    return photos
+
+
+def _render_shapes(numbers, size, seed, photos, operations) -> Iterator[dict]:
+    for number in range(*numbers):
+        edit = shape_generator.random_edit(seed, number, photos, operations)
+        row = {"key": f"shapes[{seed}:{number}]", "instruction": edit.instruction}
+        for side, picture in zip(("source", "target", "mask"), edit.render(size)):
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            row[side] = {"path": None, "bytes": buffer.getvalue()}
+        yield row

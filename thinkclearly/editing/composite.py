@@ -1,0 +1,75 @@
+"""Putting untouched source pixels back: mask cleaning, feathering, and the composite at the source's own size.
+
+Works on arrays at any resolution. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageFilter
+from scipy.ndimage import convolve, distance_transform_edt
+
+from thinkclearly.images import Letterbox
+
+
+def smooth_mask(clear: np.ndarray, ksize: int, passes: int) -> np.ndarray:
+    """Majority filter over the token grid, bool (g, g): the original's anti-blockiness step.
+
+    A patch becomes CLEAR where at least `ksize² // 2 + 1` of its `ksize`×`ksize` neighbours are; edges are repeated.
+    """
+    if ksize % 2 == 0 or ksize < 1:
+        raise ValueError(f"mask_smooth_ksize={ksize}; expected an odd number, 1 to leave the mask as it is")
+    for _ in range(passes if ksize > 1 else 0):
+        votes = convolve(clear.astype(np.int32), np.ones((ksize, ksize), np.int32), mode="nearest")
+        clear = votes >= ksize**2 // 2 + 1
+    return clear
+
+
+def composite(
+    source: Image.Image,
+    edited: Image.Image,
+    clear: np.ndarray,
+    letterbox: Letterbox,
+    feather_radius_px: float,
+    feather: str = "inside",
+) -> Image.Image:
+    """Source where a patch is CLEAR, edited elsewhere, at the source's own size.
+
+    Args:
+        source: RGB, the picture as it came, W×H.
+        edited: RGB, W×H, the decoded picture brought back to the source's size.
+        clear: bool (g, g), True where the patch is the source.
+        letterbox: geometry between the two.
+        feather_radius_px: width of the transition, pixels of the model's square; 0 for a hard edge.
+        feather: `"inside"` keeps every pixel of a CLEAR patch byte for byte and blends on the edited side only;
+            `"two_sided"` is the original's Gaussian blur of the mask, which leaks both ways.
+    """
+    if feather not in ("inside", "two_sided"):
+        raise ValueError(f"feather={feather!r}; choose 'inside' or 'two_sided'")
+    clear_pixels = letterbox.unfit_grid(clear)
+    radius = feather_radius_px * max(letterbox.width, letterbox.height) / letterbox.size
+    if radius <= 0:
+        edited_share = (~clear_pixels).astype(np.float32)
+    elif feather == "inside":
+        edited_share = _inside_share(clear_pixels, radius)
+    else:
+        alpha = Image.fromarray(np.uint8(~clear_pixels) * 255).filter(ImageFilter.GaussianBlur(radius))
+        edited_share = np.asarray(alpha, dtype=np.float32) / 255
+    base = np.asarray(source)
+    result = base.copy()
+    # Only the pixels with something to blend are computed: a large photograph is mostly copied.
+    rows, columns = np.nonzero(edited_share)
+    share = edited_share[rows, columns, None]
+    blend = base[rows, columns] * (1 - share) + np.asarray(edited)[rows, columns] * share
+    result[rows, columns] = np.rint(blend).astype(np.uint8)
+    return Image.fromarray(result)
+
+
+def _inside_share(clear_pixels: np.ndarray, radius: float) -> np.ndarray:
+    """Share of the edited picture, float32 (H, W): 0 in CLEAR patches, rising to 1 over `radius` pixels beside them."""
+    if not clear_pixels.any():
+        return np.ones(clear_pixels.shape, np.float32)
+    if clear_pixels.all():
+        return np.zeros(clear_pixels.shape, np.float32)
+    distance = distance_transform_edt(~clear_pixels)
+    return np.clip(distance / (radius + 1), 0, 1).astype(np.float32)

@@ -1,0 +1,209 @@
+"""One HTML file to look at: pictures of each edit, the table of metrics, training curves and notes.
+
+Nothing outside the file is needed: pictures and curves are embedded, there is no script and no network.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .curves import training_curves
+from .metrics import image_metrics
+from .pictures import HEAT_COLOURS, heat_map, mask_image, red_overlay
+from .tables import format_number, tables
+
+THUMBNAIL = 512  # pixels; larger pictures are shrunk to this for the report
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2024; --soft: #5b626b; --paper: #fbfbfa; --card: #fff; --line: #e3e4e6;
+  --accent: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e7e9ec; --soft: #a0a7b0; --paper: #14161a; --card: #1d2025;
+  --line: #32363d; --accent: #ff8a80; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1240px; margin: 0 auto; padding: 2rem clamp(1rem, 4vw, 2.5rem) 4rem; }
+h1 { font-size: clamp(1.5rem, 4vw, 2.1rem); line-height: 1.2; margin: 0 0 1.25rem; text-wrap: balance; }
+h2 { font-size: 1.25rem; margin: 2.75rem 0 .75rem; }
+h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
+p { margin: .5rem 0; max-width: 75ch; }
+.soft { color: var(--soft); font-size: .875rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.25rem; margin: 0; font-size: .9rem; }
+dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .25rem 0; }
+caption { text-align: left; color: var(--soft); padding: .75rem 0 .25rem; }
+th, td { padding: .4rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; }
+th:first-child { text-align: left; padding-left: 0; }
+thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; white-space: normal; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem; }
+.curves img { width: 100%; height: auto; display: block; }
+.edit, .curves picture { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.curves picture { display: block; padding: .5rem; }
+.edit { padding: 1.1rem; margin: 0 0 1.25rem; }
+.strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 140px), 1fr)); gap: .9rem;
+  margin-top: .9rem; }
+figure { margin: 0; min-width: 0; max-width: 400px; }
+figure img { width: 100%; height: auto; display: block; border-radius: 5px; }
+figure img.small { image-rendering: pixelated; }
+figcaption { font-size: .82rem; line-height: 1.35; margin-top: .35rem; }
+figcaption span { display: block; color: var(--soft); }
+.scale { display: flex; align-items: center; gap: .2rem .6rem; flex-wrap: wrap; max-width: none; }
+.scale i { width: 200px; height: .8rem; border-radius: 3px; }
+@media print { body { background: #fff; } .edit { break-inside: avoid; } }
+"""
+
+
+def write_report(
+    directory: str | os.PathLike,
+    rows: Sequence[Mapping],
+    metrics: Mapping[str, Mapping[str, Mapping]],
+    curves: Sequence[Mapping],
+    title: str,
+    notes: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `report.html`: self-contained, readable in light and dark, from phone to wide screen.
+
+    Args:
+        directory (`str` or `os.PathLike`): folder for the file; made if missing.
+        rows: one dict an edit, in the order of the page. `source` (`PIL.Image.Image`) and `instruction` (`str`) are
+            needed; `raw`, `composite` and `target` (pictures) and `mask` (bool, (H, W) of the source's pixels or a
+            grid of patches that covers the whole source; True where edited) are shown where present, and so is a
+            line of text `note`. Heat maps of raw and composite against the source are drawn where sizes agree.
+        metrics: heading → row → what `aggregate_image_metrics` or `aggregate_clear_metrics` gives. Known row keys
+            (`tables.ROW_LABELS`) get a readable name, others stand as they are.
+        curves: a Trainer's `log_history`; may be empty. See `training_curves`.
+        title (`str`): heading of the page.
+        notes (`Mapping[str, str]`, *optional*): settings, machine, date…, shown as a list under the title.
+
+    Returns:
+        `Path`: of the file. It is written beside itself and renamed, so a reader never sees half a report.
+
+    Raises:
+        ValueError: a row without `source` or `instruction`, or a mask that is not bool.
+    """
+    directory = Path(directory)
+    for number, row in enumerate(rows, 1):
+        missing = {"source", "instruction"} - set(row)
+        if missing:
+            raise ValueError(f"Row {number} of the report has no {' and no '.join(sorted(missing))}.")
+    body = [f"<h1>{escape(title)}</h1>", _notes(notes or {})]
+    if metrics:
+        body.append("<h2>Metrics</h2>" + "".join(_tables(name, table) for name, table in metrics.items()))
+        body.append(
+            '<p class="soft">MSE in squared levels of 255, averaged over each region’s own pixels. One exact copy makes '
+            "the mean PSNR infinite; the pooled one takes all pixels as one picture. “Copy the source” edits nothing: "
+            "numbers against the source flatter it, so read them beside those against the target or the edit itself.</p>"
+        )
+    charts = _curves(curves)
+    if charts:
+        body.append(f'<h2>Training</h2><div class="curves">{charts}</div>')
+    if rows:
+        body.append("<h2>Edits</h2>" + _scale() + "".join(_edit(row) for row in rows))
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(filter(None, body))
+        + "\n</main></body></html>\n"
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "report.html"
+    with tempfile.NamedTemporaryFile("w", dir=directory, suffix=".tmp", delete=False, encoding="utf-8") as file:
+        file.write(page)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    return path
+
+
+def _notes(notes: Mapping[str, str]) -> str:
+    items = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in notes.items())
+    return f"<dl>{items}</dl>" if items else ""
+
+
+def _tables(heading: str, rows: Mapping[str, Mapping]) -> str:
+    blocks = []
+    for region, (head, *lines) in tables(rows).items():
+        columns = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head[1:])
+        body = "".join(
+            f'<tr><th scope="row">{escape(line[0])}</th>'
+            + "".join(f"<td>{escape(cell)}</td>" for cell in line[1:])
+            + "</tr>"
+            for line in lines
+        )
+        caption = escape(", ".join(filter(None, (heading, region))))
+        blocks.append(
+            f'<div class="wide"><table><caption>{caption}</caption><thead><tr><td></td>{columns}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>"
+        )
+    return "".join(blocks)
+
+
+def _curves(log_history: Sequence[Mapping]) -> str:
+    light, dark = training_curves(log_history), training_curves(log_history, ink="#c3c8cf")
+    return "".join(
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_svg_uri(dark[title])}">'
+        f'<img src="{_svg_uri(svg)}" alt="{escape(title)} over training steps"></picture>'
+        for title, svg in light.items()
+    )
+
+
+def _scale() -> str:
+    stops = ", ".join(f"rgb{tuple(int(c) for c in colour)}" for colour in HEAT_COLOURS[1::9])
+    return (
+        '<p class="soft scale">Heat maps, largest difference of the channels: black is bit-identical, 1 level '
+        f'<i style="background: linear-gradient(90deg, {stops})"></i> 64 of 255 levels and more</p>'
+    )
+
+
+def _edit(row: Mapping) -> str:
+    source = row["source"]
+    figures = [_figure("Source", source)]
+    if row.get("mask") is not None:
+        mask = row["mask"]
+        if mask.shape != (source.height, source.width):
+            mask = np.asarray(mask_image(mask, source.size)) > 0
+        figures.append(_figure("Edited area", red_overlay(source, mask), format_number(mask.mean().item(), "%")))
+    results = {label: row.get(key) for key, label in (("raw", "Raw"), ("composite", "Composite"))}
+    figures += [_figure(label, picture) for label, picture in results.items() if picture is not None]
+    if row.get("target") is not None:
+        figures.append(_figure("Target", row["target"]))
+    for label, picture in results.items():
+        if picture is not None and picture.size == source.size:
+            numbers = image_metrics(picture, source)
+            exact = format_number(numbers["exact"], "%")
+            detail = f"{format_number(numbers['psnr'], '{:.2f}')} dB, {exact} exact"
+            figures.append(_figure(f"{label} − source", heat_map(picture, source), detail, exact=True))
+    note = f'<p class="soft">{escape(str(row["note"]))}</p>' if row.get("note") else ""
+    heading = f"<h3>{escape(str(row['instruction']))}</h3>"
+    return f'<article class="edit">{heading}{note}<div class="strip">{"".join(figures)}</div></article>'
+
+
+def _figure(label: str, picture: Image.Image, detail: str = "", exact: bool = False) -> str:
+    """A picture with its caption; heat maps are kept lossless (`exact`), photographs may be compressed."""
+    small = ' class="small"' if max(picture.size) <= 128 else ""
+    picture = picture.convert("RGB")
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    lossless = exact or bool(small)
+    picture.save(buffer, "WEBP", lossless=lossless, quality=80 if lossless else 88)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    detail = f"<span>{escape(detail)}</span>" if detail else ""
+    return (
+        f'<figure><img{small} src="data:image/webp;base64,{data}" alt="{escape(label)}" width="{picture.width}" '
+        f'height="{picture.height}" loading="lazy"><figcaption>{escape(label)}{detail}</figcaption></figure>'
+    )
+
+
+def _svg_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

@@ -1,0 +1,129 @@
+"""What the editor asks of a Janus model: pictures to tokens and back, features, and embedded prompts.
+
+Plain functions over transformers' JanusForConditionalGeneration (with or without LoRA inside). Knows nothing of CLEAR.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import JanusForConditionalGeneration
+
+from thinkclearly.models.checkpoint import load_janus
+from thinkclearly.models.prompt import ClearEditProcessor, PromptBatch
+
+TINY = Path(__file__).parents[1] / "tiny_janus"
+
+
+@dataclass
+class Backbone:
+    """A Janus model and the processor that belongs to it."""
+
+    model: JanusForConditionalGeneration
+    processor: ClearEditProcessor
+
+
+def load_backbone(name_or_path: str, *, revision: str | None = None, token: str | None = None, **kwargs) -> Backbone:
+    """Loads a native or DeepSeek-format Janus checkpoint with its processor.
+
+    Args:
+        name_or_path: folder or Hub id; "tiny" is the model that ships with this package.
+        kwargs: `dtype`, `device`, `attn_implementation`, `device_map`, `quantization_config`; see `load_janus`.
+    """
+    path = str(TINY) if name_or_path == "tiny" else str(name_or_path)
+    processor = ClearEditProcessor.from_pretrained(path, revision=revision, token=token)
+    model = load_janus(path, revision=revision, token=token, **kwargs)
+    return Backbone(model.eval(), processor)
+
+
+def _full_precision(device: torch.device):
+    """The VQ model runs in float32 whatever the rest does: an argmin over codes depends on the dtype."""
+    return torch.autocast(device.type, enabled=False)
+
+
+@torch.no_grad()
+def encode_tokens(janus: JanusForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Codes of pictures: float (B, 3, S, S) in [-1, 1] to long (B, N), row by row of the grid."""
+    vq = janus.model.vqmodel
+    with _full_precision(pixel_values.device):
+        return vq.encode(pixel_values.float()).image_tokens.view(pixel_values.shape[0], -1)
+
+
+@torch.no_grad()
+def decode_tokens(janus: JanusForConditionalGeneration, tokens: torch.Tensor) -> torch.Tensor:
+    """Pictures of codes: long (B, N) to float32 (B, 3, S, S), about [-1, 1], not clipped."""
+    with _full_precision(tokens.device):
+        return janus.model.vqmodel.decode(tokens).float()
+
+
+def image_features(janus: JanusForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
+    """SigLIP features behind the aligner: (B, 3, S, S) to (B, N, H)."""
+    vision = janus.model.vision_model
+    hidden = vision(pixel_values.to(vision.embeddings.patch_embedding.weight.dtype)).last_hidden_state
+    return janus.model.aligner(hidden)
+
+
+def token_embeddings(janus: JanusForConditionalGeneration, tokens: torch.Tensor) -> torch.Tensor:
+    """Codes (B, n) as the language model reads them: (B, n, H)."""
+    return janus.prepare_embeddings_for_image_generation(tokens)
+
+
+def embed_prompt(
+    janus: JanusForConditionalGeneration,
+    prompt: PromptBatch,
+    features: torch.Tensor | None = None,
+    source_tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Embedded prompt (B, L, H) with the slots filled: features (B, N, H) and the codes of source_tokens (B, N)."""
+    embeds = janus.get_input_embeddings()(prompt.input_ids)
+    if features is not None:
+        embeds = _fill(embeds, prompt.image_slot, features)
+    if source_tokens is not None:
+        embeds = _fill(embeds, prompt.source_slot, token_embeddings(janus, source_tokens))
+    return embeds
+
+
+def _fill(embeds: torch.Tensor, slot: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Writes values (B, N, H) into embeds (B, L, H) from each row's slot on; rows with slot -1 stay as they are."""
+    n = values.shape[1]
+    offset = torch.arange(embeds.shape[1], device=embeds.device) - slot[:, None]
+    inside = (slot[:, None] >= 0) & (offset >= 0) & (offset < n)
+    index = offset.clamp(0, n - 1).unsqueeze(-1).expand(-1, -1, values.shape[-1])
+    return torch.where(inside.unsqueeze(-1), values.to(embeds.dtype).gather(1, index), embeds)
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position ids (B, L) that start at 0 on each row's first real token, so left padding changes nothing."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def codebook_hash(janus: JanusForConditionalGeneration) -> str:
+    """Names the codebook: SHA-256 of its unit rows and of the encoder's last weights, rounded to float16."""
+    vq = janus.model.vqmodel
+    digest = hashlib.sha256()
+    for tensor in (F.normalize(vq.quantize.embedding.weight.detach().float(), dim=-1), vq.quant_conv.weight.detach()):
+        digest.update(tensor.to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def teacher_forced_hidden(
+    janus: JanusForConditionalGeneration, embeds: torch.Tensor, attention_mask: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Hidden states that predict all N output positions, the first from the prompt's BOI: (B, N, H).
+
+    Args:
+        embeds: (B, L, H), an embedded prompt.
+        attention_mask: long (B, L).
+        tokens: long (B, N), codes of the output as inference would feed them back.
+    """
+    n = tokens.shape[1]
+    embeds = torch.cat([embeds, token_embeddings(janus, tokens[:, :-1]).to(embeds.dtype)], dim=1)
+    mask = torch.cat([attention_mask, attention_mask.new_ones(tokens.shape[0], n - 1)], dim=1)
+    output = janus.model.language_model(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions(mask), use_cache=False
+    )
+    return output.last_hidden_state[:, -n:]

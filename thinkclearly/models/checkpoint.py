@@ -1,0 +1,379 @@
+"""Janus checkpoints in and out: native folders, DeepSeek's layout, and a DeepSeek model already in memory.
+
+Everything becomes transformers' own `JanusForConditionalGeneration`, with three rules that the native classes do not
+have: the image tokenizer stays in float32 whatever the dtype (its ids depend on it), its codebook rows have unit length
+(native encoding does not normalise them, DeepSeek's does), and no weight is ever left random.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import JanusConfig, JanusForConditionalGeneration
+
+from thinkclearly.models import deepseek
+from thinkclearly.models.weight_files import find_weights, open_weights
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+_PROCESSOR_FILES = {"preprocessor_config.json": "image_processor_type", "processor_config.json": "processor_class"}
+_CODEBOOK_USED = 65536  # length of a usage buffer which DeepSeek's strict loading expects
+
+
+def load_janus(
+    name_or_path: str | os.PathLike,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    attn_implementation: str | None = None,
+    quantization_config=None,
+    device_map=None,
+) -> JanusForConditionalGeneration:
+    """Loads a Janus model, converting DeepSeek's layout (`model_type: multi_modality`) while it reads.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): a folder, or a Hub id. Weights may be safetensors or `.bin`, in one file or
+            in shards, with or without an index. No remote code is run.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of everything but the image tokenizer, which is
+            float32, in eval mode and frozen whatever this says.
+        device (`torch.device` or `str`, *optional*): where the model goes; the CPU by default.
+        revision (`str`, *optional*): branch, tag or commit of a Hub id.
+        token (`str`, *optional*): for a private Hub id.
+        attn_implementation (`str`, *optional*): as in transformers (`"sdpa"`, `"eager"`, …).
+        quantization_config (*optional*): as in transformers, for native checkpoints. Modules outside the language model
+            are left alone unless it names `llm_int8_skip_modules` itself.
+        device_map (*optional*): as in transformers, for native checkpoints.
+
+    Returns:
+        `JanusForConditionalGeneration` in eval mode. Peak memory is one copy of the weights and one tensor.
+
+    Raises:
+        FileNotFoundError: no such folder, config, weight file or shard.
+        ValueError: another architecture (JanusFlow included), or keys and shapes that do not match one to one.
+    """
+    if device is not None and device_map is not None:
+        raise ValueError(f"Both device={device!r} and device_map={device_map!r} were given; give one of them.")
+    folder = _folder(name_or_path, ("*.json", *_TOKENIZER_FILES), revision, token)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; expected a Janus checkpoint, native or DeepSeek's.")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model_type = config.get("model_type")
+    if model_type == "janus":
+        source = folder if Path(name_or_path).is_dir() else name_or_path
+        model = _load_native(
+            source,
+            dtype=dtype,
+            revision=revision,
+            token=token,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+            device_map=device_map,
+        )
+        if device is not None:
+            model = model.to(device)
+    elif model_type == "multi_modality":
+        if quantization_config is not None or device_map is not None:
+            raise ValueError(
+                f"{name_or_path} is in DeepSeek's layout, which is converted tensor by tensor: quantization_config and "
+                "device_map need a native checkpoint. Convert it once with `thinkclearly convert` and load the result."
+            )
+        if not Path(name_or_path).is_dir():
+            folder = _folder(name_or_path, ("*.safetensors",), revision, token)
+            if not any(folder.glob("*.safetensors")):
+                folder = _folder(name_or_path, ("*.bin",), revision, token)
+        model = _load_deepseek(folder, config, dtype, device or "cpu", attn_implementation)
+        model.config._name_or_path = model.name_or_path = str(name_or_path)
+    else:
+        raise ValueError(
+            f"{folder / 'config.json'} has model_type {model_type!r}; expected 'janus' (native) or 'multi_modality' "
+            "(DeepSeek's Janus, Janus-Pro, Janus-4o)."
+        )
+    _set_special_ids(model, folder)
+    return model
+
+
+def from_deepseek(model: nn.Module) -> JanusForConditionalGeneration:
+    """A native copy of a DeepSeek `MultiModalityCausalLM` in memory, of its dtype and on its device.
+
+    Only `model.config.to_dict()` and `model.state_dict()` are used: their `janus` package need not be importable here.
+
+    Raises:
+        ValueError: as in [`load_janus`].
+    """
+    state = model.state_dict()
+    shapes = {key: (tuple(tensor.shape), "the model") for key, tensor in state.items()}
+    config = json.loads(
+        json.dumps(
+            model.config.to_dict(), default=lambda value: dict(value) if isinstance(value, Mapping) else str(value)
+        )
+    )
+    like = next((tensor for key, tensor in state.items() if key.startswith("language_model.")), torch.empty(0))
+    return _convert(config, shapes, state.items(), "the model", like.dtype, like.device, None)
+
+
+def export_deepseek(
+    model: JanusForConditionalGeneration,
+    directory: str | os.PathLike,
+    processor_source: str | os.PathLike | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Writes a native model in DeepSeek's layout: `config.json`, processor files and safetensors shards.
+
+    Loading the result gives the same native weights bit by bit. DeepSeek's classes load it too, but for SigLIP's pooling
+    head (`attn_pool`), which Janus never uses and which native checkpoints do not have: pass them `strict=False`.
+
+    Args:
+        model (`JanusForConditionalGeneration`): the model; adapters merged, not quantised.
+        directory (`str` or `os.PathLike`): a new or empty folder. It appears under this name only when complete.
+        processor_source (`str` or `os.PathLike`, *optional*): folder or Hub id from which the tokenizer files are copied,
+            and the processor files if they are DeepSeek's.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): largest weight file.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        TypeError: not a native Janus model. ValueError: a quantised one. FileExistsError: the folder is not empty.
+    """
+    if not isinstance(model, JanusForConditionalGeneration):
+        raise TypeError(
+            f"Expected a JanusForConditionalGeneration, got {type(model).__name__}. Merge adapters first "
+            "(`merge_and_unload`)."
+        )
+    state = model.state_dict()
+    groups: dict[str, list[str]] = {}
+    for key in state:
+        groups.setdefault(deepseek.deepseek_key(key), []).append(key)
+    if getattr(model, "is_quantized", False) or None in groups:
+        raise ValueError(
+            "The model is quantised or has adapters in it, which DeepSeek's layout cannot hold"
+            + (f" (for example {groups[None][0]!r})" if None in groups else "")
+            + ". Load it unquantised and merge the adapters first."
+        )
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not an empty folder; give another one or remove it.")
+
+    def tensor(key, device=None):
+        if key not in groups:
+            return torch.zeros(_CODEBOOK_USED, device=device)
+        return deepseek.to_deepseek(key, [state[name].detach().to(device or "cpu") for name in groups[key]])
+
+    keys = sorted([*groups, "gen_vision_model.quantize.codebook_used"])
+    plan = split_torch_state_dict_into_shards(
+        {key: tensor(key, "meta") for key in keys}, max_shard_size=max_shard_size
+    )
+    files = deepseek.processor_configs(model.config)
+    files["config.json"] = deepseek.deepseek_config(model.config, model.lm_head.weight.dtype)
+    if plan.is_sharded:
+        files["model.safetensors.index.json"] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        for name, content in files.items():
+            (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if processor_source is not None:
+            _copy_processor(_folder(processor_source, ("*.json", *_TOKENIZER_FILES)), partial)
+        for name, members in plan.filename_to_tensors.items():
+            # clone: safetensors refuses tensors that share memory, as a tied head does
+            save_file({key: tensor(key).contiguous().clone() for key in members}, partial / name, {"format": "pt"})
+        partial.chmod(0o755)
+        os.replace(partial, directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    logger.info("Wrote %d tensors in DeepSeek's layout to %s", len(keys), directory)
+    return directory
+
+
+def _copy_processor(source: Path, target: Path):
+    for pattern in _TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copy(file, target / file.name)
+    for name, field in _PROCESSOR_FILES.items():
+        if (source / name).is_file() and str(_read_json(source / name).get(field)).startswith("VL"):
+            shutil.copy(source / name, target / name)
+
+
+def _folder(name_or_path, patterns, revision=None, token=None) -> Path:
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1:
+        raise FileNotFoundError(f"{name_or_path} is not a folder; expected a folder or a Hub id such as 'owner/name'.")
+    return Path(
+        snapshot_download(
+            str(name_or_path), revision=revision, token=token, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+        )
+    )
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+# ---- native ------------------------------------------------------------------------------------------------------
+
+
+class _Float32Tokenizer(JanusForConditionalGeneration):
+    """Makes `from_pretrained` read the image tokenizer in float32, not through the dtype of the rest."""
+
+    _keep_in_fp32_modules_strict = ("vqmodel",)
+
+
+def _load_native(source, **kwargs) -> JanusForConditionalGeneration:
+    quantization = kwargs["quantization_config"]
+    if quantization is not None and getattr(quantization, "llm_int8_skip_modules", ()) is None:
+        quantization.llm_int8_skip_modules = [
+            *("vision_model", "aligner", "vqmodel", "generation_embeddings", "generation_aligner", "generation_head"),
+            "lm_head",
+        ]
+    model, info = _Float32Tokenizer.from_pretrained(source, output_loading_info=True, **kwargs)
+    model.__class__ = JanusForConditionalGeneration
+    problems = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
+    _raise_problems(str(source), {name: keys for name, keys in problems.items() if keys})
+    return _finish(model)
+
+
+def _finish(model: JanusForConditionalGeneration) -> JanusForConditionalGeneration:
+    """The rules of this module about the image tokenizer; its codebook is left alone where its rows are unit already."""
+    vq = model.model.vqmodel
+    vq.float().requires_grad_(False)
+    vq.config.dtype = torch.float32
+    codebook = vq.quantize.embedding.weight.data
+    rows = (codebook.norm(dim=-1) - 1).abs() > 1e-6
+    codebook[rows] = F.normalize(codebook[rows], p=2, dim=-1)
+    return model.eval()
+
+
+# ---- DeepSeek's layout -------------------------------------------------------------------------------------------
+
+
+def _load_deepseek(folder, config, dtype, device, attn_implementation) -> JanusForConditionalGeneration:
+    files = find_weights(folder)
+    shapes = {}
+    for file in files:
+        with open_weights(file) as (names, shape, _):
+            for key in names:
+                if key in shapes:
+                    raise ValueError(f"{key!r} is in both {shapes[key][1]} and {file.name} of {folder}; remove one.")
+                shapes[key] = (shape(key), file.name)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for file in files:
+            with open_weights(file) as (names, _, read):
+                for key in names:
+                    yield key, read(key)
+
+    return _convert(config, shapes, tensors(), str(folder), dtype, device, attn_implementation)
+
+
+def _convert(config, shapes, tensors, source, dtype, device, attn_implementation) -> JanusForConditionalGeneration:
+    """`shapes` maps each DeepSeek key to (shape, file name); `tensors` yields each key and its tensor once."""
+    native = deepseek.native_config(config, {key: shape for key, (shape, _) in shapes.items()}, source)
+    model = _empty_model(native, dtype, attn_implementation)
+    _check_keys(model, shapes, source)
+    for key, tensor in tensors:
+        for name, part in deepseek.to_native(key, tensor).items():
+            owner, _, leaf = name.rpartition(".")
+            wanted = torch.float32 if name.startswith("model.vqmodel.") else dtype
+            part = part.to(device, wanted, copy=True, memory_format=torch.contiguous_format)
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(part))
+    owners = {}
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        owners[owner] = model.get_submodule(owner)
+        setattr(owners[owner], leaf, torch.empty_like(buffer, device=device))
+    for owner in owners.values():  # rotary frequencies and position ids: modules that hold no weights of their own
+        model._init_weights(owner)
+    return _finish(model)
+
+
+def _empty_model(config: JanusConfig, dtype, attn_implementation) -> JanusForConditionalGeneration:
+    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with torch.device("meta"):  # in float32, for the sake of the rotary buffers
+        model = JanusForConditionalGeneration._from_config(config, dtype=torch.float32, **kwargs)
+    for part in (model.config, model.config.text_config, model.config.vision_config):
+        part.dtype = dtype
+    model.config.architectures = ["JanusForConditionalGeneration"]
+    return model
+
+
+def _check_keys(model, shapes, source):
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = {"missing": [], "unexpected": [], "mismatched": []}
+    found = set()
+    for key, (shape, file) in shapes.items():
+        parts = deepseek.to_native(key, torch.empty(shape, device="meta"))
+        if parts is None or not parts.keys() <= expected.keys():
+            problems["unexpected"].append(f"{key} (in {file})")
+            continue
+        found |= parts.keys()
+        if wrong := {name: tuple(t.shape) for name, t in parts.items() if tuple(t.shape) != expected[name]}:
+            name, part = next(iter(wrong.items()))
+            problems["mismatched"].append(
+                f"{key} {shape} (in {file}): native {name} would be {part}, config and other weights make it {expected[name]}"
+            )
+    problems["missing"] = sorted({deepseek.deepseek_key(name) for name in expected.keys() - found})
+    _raise_problems(source, {name: keys for name, keys in problems.items() if keys})
+
+
+def _raise_problems(source: str, problems: dict[str, list[str]]):
+    if not problems:
+        return
+    lines = [f"The weights of {source} do not fit the model one to one."]
+    for name, keys in problems.items():
+        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+        lines.append(f"{len(keys)} {name}: {'; '.join(keys[:5])}{more}.")
+    lines.append("Check that config.json belongs to these weights and that every file was downloaded in full.")
+    raise ValueError("\n".join(lines))
+
+
+# ---- ids ---------------------------------------------------------------------------------------------------------
+
+
+def _set_special_ids(model: JanusForConditionalGeneration, folder: Path):
+    """Ids differ between checkpoints, so they come from the tokenizer files by string; native `generate` needs them."""
+    tokenizer, tokenizer_config = _read_json(folder / "tokenizer.json"), _read_json(folder / "tokenizer_config.json")
+    ids = {item["content"]: int(i) for i, item in tokenizer_config.get("added_tokens_decoder", {}).items()}
+    ids |= {item["content"]: item["id"] for item in tokenizer.get("added_tokens", [])}
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, dict):
+        ids = vocabulary | ids
+    if not ids:
+        if "image_token_id" not in _read_json(folder / "config.json"):
+            logger.warning(
+                "%s has no tokenizer files: image_token_id is a guess, %d.", folder, model.config.image_token_id
+            )
+        return
+    tag = _read_json(folder / "processor_config.json").get("image_tag", deepseek.IMAGE_TAG)
+    if tag not in ids:
+        raise ValueError(f"The tokenizer in {folder} has no token {tag!r}; a Janus tokenizer must have it.")
+    model.config.image_token_id = ids[tag]
+
+    generation = model.generation_config
+    for name in ("bos", "eos", "pad"):
+        text = tokenizer_config.get(f"{name}_token") or _read_json(folder / "special_tokens_map.json").get(
+            f"{name}_token"
+        )
+        text = text["content"] if isinstance(text, dict) else text
+        if text in ids:
+            setattr(generation, f"{name}_token_id", ids[text])
+    if deepseek.PAD_TAG in ids:
+        generation.pad_token_id = ids[deepseek.PAD_TAG]
+    if deepseek.BOI_TAG in ids:
+        kwargs = getattr(generation, "generation_kwargs", None) or {}
+        generation._from_model_config = False  # or reading it back drops the next line
+        generation.generation_kwargs = kwargs | {"boi_token_id": ids[deepseek.BOI_TAG]}

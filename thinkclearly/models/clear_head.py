@@ -1,0 +1,161 @@
+"""ClearEditModel: a Janus model whose image head has K + I classes, and how its parts are saved and loaded.
+
+The codebook and the base head stay as they are; a linear layer adds one logit per instruction token.
+Source of the idea: peterN908/ThinkClearly (3_sft_finetune.py, the wrapper that concatenates a CLEAR logit).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import JanusForConditionalGeneration
+
+from thinkclearly.instructions import InstructionVocabulary
+from thinkclearly.models.backbone import decode_tokens, embed_prompt, image_features, teacher_forced_hidden
+from thinkclearly.models.prompt import PromptBatch
+
+HEAD_FILE, CONFIG_FILE = "gen_head_clear.safetensors", "clear_config.json"
+
+
+@dataclass
+class ClearConfig:
+    """What belongs to a CLEAR head besides its weights; stored as `clear_config.json`.
+
+    Args:
+        codebook_size (`int`): K of the base model.
+        instructions (`list[str]`): names of the instruction tokens, in the order of their ids.
+        clear_weight (`float`): class weight of the last training step; inference subtracts its logarithm.
+        gate_bias, gate_temperature (`float`): calibration of the gate's log-odds: (z + bias) / temperature.
+        codebook_hash (`str`): names the codebook that the training tokens came from.
+        edit (`dict`): decoding settings that this checkpoint was validated with; the editor's defaults.
+    """
+
+    codebook_size: int
+    instructions: list[str] = field(default_factory=lambda: ["CLEAR"])
+    clear_weight: float = 1.0
+    gate_bias: float = 0.0
+    gate_temperature: float = 1.0
+    codebook_hash: str = ""
+    edit: dict = field(default_factory=dict)
+
+
+class ClearEditModel(nn.Module):
+    """Janus plus instruction logits.
+
+    Args:
+        janus: transformers' Janus model, bare or wrapped by PEFT.
+        config: vocabulary, class weight and calibration.
+    """
+
+    def __init__(self, janus: JanusForConditionalGeneration | PeftModel, config: ClearConfig):
+        super().__init__()
+        self.janus = janus
+        self.clear_config = config
+        self.vocabulary = InstructionVocabulary(config.codebook_size, tuple(config.instructions))
+        codes = self.base.config.vq_config.num_embeddings
+        if codes != config.codebook_size:
+            raise ValueError(f"The CLEAR head is for {config.codebook_size} codes, the base model has {codes}")
+        # float32 whatever the base runs in: a single logit decides between copying and painting.
+        self.clear_head = nn.Linear(self.base.config.text_config.hidden_size, len(self.vocabulary))
+        nn.init.zeros_(self.clear_head.weight)
+        # One against K equally likely codes would start far too rare.
+        nn.init.constant_(self.clear_head.bias, math.log(config.codebook_size) / 2)
+
+    @property
+    def base(self) -> JanusForConditionalGeneration:
+        """The Janus model itself, with LoRA layers inside where there are any."""
+        return self.janus.get_base_model() if isinstance(self.janus, PeftModel) else self.janus
+
+    @property
+    def config(self):
+        return self.base.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., H) to float32 logits (..., K + I)."""
+        codes = self.base.model.generation_head(hidden).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.cat([codes, self.clear_head(hidden.float())], dim=-1)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_slot: torch.Tensor,
+        source_slot: torch.Tensor,
+        source_tokens: torch.Tensor,
+        labels: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Teacher-forced logits of all N output positions: float32 (B, N, K + I).
+
+        Where a label is an instruction, the *source* code is fed back, as inference does.
+
+        Args:
+            input_ids, attention_mask, image_slot, source_slot: the fields of a `PromptBatch`.
+            source_tokens: long (B, N), codes of the source.
+            labels: long (B, N), class ids in [0, K + I).
+            pixel_values: float (B, 3, S, S), the source; decoded from its codes where there is no picture.
+        """
+        prompt = PromptBatch(input_ids, attention_mask, image_slot, source_slot)
+        if pixel_values is None:
+            pixel_values = decode_tokens(self.base, source_tokens).clamp(-1, 1)
+        embeds = embed_prompt(self.base, prompt, image_features(self.base, pixel_values), source_tokens)
+        fed_back = self.vocabulary.remap(labels, source_tokens.unsqueeze(-2))
+        return self.logits(teacher_forced_hidden(self.base, embeds, attention_mask, fed_back))
+
+    def save_pretrained(self, directory: str | Path, **_) -> None:
+        """Writes the adapter (or the whole model where there is none), the CLEAR head and its configuration."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.janus.save_pretrained(directory)
+        tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.clear_head.state_dict().items()}
+        save_file(tensors, directory / (HEAD_FILE + ".tmp"), metadata={"format": "pt"})
+        os.replace(directory / (HEAD_FILE + ".tmp"), directory / HEAD_FILE)
+        text = json.dumps(asdict(self.clear_config), indent=2) + "\n"
+        (directory / (CONFIG_FILE + ".tmp")).write_text(text)
+        os.replace(directory / (CONFIG_FILE + ".tmp"), directory / CONFIG_FILE)
+
+    def load_head(self, directory: str | Path) -> None:
+        """Reads the CLEAR head's weights; a missing file or another shape is an error."""
+        path = Path(directory) / HEAD_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{directory} has no {HEAD_FILE}: without the trained CLEAR head there is no gate.")
+        self.set_head(**load_file(path), where=path)
+
+    def set_head(self, weight: torch.Tensor, bias: torch.Tensor, where: str | Path) -> None:
+        expected = self.clear_head.weight.shape
+        if weight.shape != expected or bias.shape != expected[:1]:
+            raise ValueError(
+                f"{where}: the CLEAR head has shape {tuple(weight.shape)} with bias {tuple(bias.shape)}, "
+                f"this base needs {tuple(expected)} and {tuple(expected[:1])}. It belongs to another base model."
+            )
+        with torch.no_grad():
+            self.clear_head.weight.copy_(weight)
+            self.clear_head.bias.copy_(bias)
+
+
+def read_clear_config(directory: str | Path) -> ClearConfig:
+    """`clear_config.json` of a fine-tune; unknown or missing keys are an error that names them."""
+    path = Path(directory) / CONFIG_FILE
+    content = json.loads(path.read_text())
+    unknown = set(content) - set(ClearConfig.__dataclass_fields__)
+    if unknown or "codebook_size" not in content:
+        raise ValueError(
+            f"{path}: unknown keys {sorted(unknown)} or no codebook_size; written by a newer thinkclearly? Upgrade."
+        )
+    return ClearConfig(**content)

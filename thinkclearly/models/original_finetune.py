@@ -1,0 +1,227 @@
+"""Fine-tunes made by the original ThinkClearly (peterN908/ThinkClearly, 3_sft_finetune.py), for native Janus models.
+
+That script leaves a PEFT adapter with DeepSeek's module names, and `gen_head_clear.pt`: the state of its
+`GenHeadWithClear`, which is the CLEAR linear and a second copy of the whole generation head with its LoRA. The adapter
+has the head's LoRA twice as well, as `gen_head.*` and as `gen_head_clear.base_head.*`, two names of one module.
+4_simple_inference.py loads `gen_head_clear.pt` last, so its copy is what the model computes with.
+"""
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import JanusForConditionalGeneration
+
+from thinkclearly.models.deepseek import to_native
+from thinkclearly.models.weight_files import open_weights
+
+logger = logging.getLogger(__name__)
+
+HEAD_FILE = "gen_head_clear.pt"
+_LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
+_HEAD_LINEARS = ("output_mlp_projector", "vision_head")
+
+
+def is_original_finetune(directory: str | os.PathLike) -> bool:
+    """Whether a folder is a fine-tune of the original script, complete or not."""
+    directory = Path(directory)
+    if not (directory / "adapter_config.json").is_file():
+        return False
+    if (directory / HEAD_FILE).is_file() or (directory / "clear_meta.json").is_file():
+        return True
+    targets = _read_adapter_config(directory).get("target_modules") or ()
+    return not isinstance(targets, str) and any(name.endswith("output_mlp_projector") for name in targets)
+
+
+def read_original_finetune(
+    directory: str | os.PathLike,
+) -> tuple[LoraConfig, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Reads an original fine-tune for use on the native model of the same base.
+
+    Args:
+        directory (`str` or `os.PathLike`): holds `adapter_config.json`, `adapter_model.safetensors` (or `.bin`) and
+            `gen_head_clear.pt`.
+
+    Returns:
+        `(config, lora, weight, bias)`: a `LoraConfig` whose targets are full native names (the original's suffixes would
+        also match SigLIP's `q_proj`); the LoRA tensors under the names that `set_peft_model_state_dict` takes on a
+        `PeftModel` over `JanusForConditionalGeneration`; the CLEAR linear, float32 (1, H) and (1,).
+
+    Raises:
+        FileNotFoundError: a file is missing; nothing is ever left random.
+        ValueError: not a plain LoRA, or tensors of other names and shapes than that script writes.
+    """
+    directory = Path(directory)
+    settings = _read_adapter_config(directory)
+    _check_settings(settings, directory)
+    head = _read_head(directory)
+    pairs = _read_lora(directory)
+
+    for name in _HEAD_LINEARS:
+        saved = {matrix: head.get(f"base_head.{name}.lora_{matrix}.default.weight") for matrix in "AB"}
+        copies = [
+            {matrix: tensor for matrix, tensor in saved.items() if tensor is not None},
+            pairs.pop(f"gen_head_clear.base_head.{name}", {}),
+            pairs.pop(f"gen_head.{name}", {}),
+        ]
+        copies = [copy for copy in copies if copy]
+        if not copies:
+            continue
+        used = copies[0]
+        if any(m in used and not torch.equal(used[m].float(), t.float()) for c in copies[1:] for m, t in c.items()):
+            logger.warning(
+                "%s: the copies of the LoRA of gen_head.%s differ; using the one the original's inference loads last.",
+                directory,
+                name,
+            )
+        pairs[f"gen_head.{name}"] = used
+
+    state, targets = {}, []
+    rank = settings["r"]
+    for name, pair in sorted(pairs.items()):
+        native = to_native(f"{name}.weight", torch.empty(0, device="meta"))
+        if not native or not name.startswith(("language_model.model.layers.", "gen_head.")):
+            raise ValueError(
+                f"{directory} adapts {name!r}; the original script adapts the language model's layers and the generation "
+                "head only."
+            )
+        if set(pair) != {"A", "B"} or pair["A"].shape[0] != rank or pair["B"].shape[-1] != rank:
+            found = {f"lora_{matrix}": tuple(tensor.shape) for matrix, tensor in sorted(pair.items())}
+            raise ValueError(
+                f"{directory}: {name} has {found}; expected lora_A ({rank}, in) and lora_B (out, {rank}), since "
+                f"adapter_config.json says r={rank}."
+            )
+        target = next(iter(native)).removesuffix(".weight")
+        targets.append(target)
+        for matrix, tensor in pair.items():
+            state[f"base_model.model.{target}.lora_{matrix}.weight"] = tensor
+    if not targets:
+        raise ValueError(f"{directory} has no LoRA tensors; expected some for the language model.")
+
+    weight, bias = head["clear_linear.weight"].float(), head["clear_linear.bias"].float()
+    widths = {pair["A"].shape[1] for name, pair in pairs.items() if name.endswith(("q_proj", _HEAD_LINEARS[0]))}
+    if weight.shape[0] != 1 or bias.shape != (1,) or any(weight.shape[1] != width for width in widths):
+        raise ValueError(
+            f"{directory / HEAD_FILE}: clear_linear has weight {tuple(weight.shape)} and bias {tuple(bias.shape)}; the "
+            f"adapter is for hidden size {sorted(widths)}, so (1, hidden) and (1,) were expected. The two files belong to "
+            "different fine-tunes."
+        )
+    config = LoraConfig(
+        base_model_name_or_path=settings.get("base_model_name_or_path"),
+        r=rank,
+        lora_alpha=settings["lora_alpha"],
+        lora_dropout=settings.get("lora_dropout", 0.0),
+        use_rslora=settings.get("use_rslora", False),
+        target_modules=_target_pattern(targets),
+    )
+    return config, state, weight, bias
+
+
+def check_original_base(directory: str | os.PathLike, model: JanusForConditionalGeneration):
+    """Checks that `model` is the base the fine-tune in `directory` was trained on, by its own copy of the head.
+
+    Raises:
+        ValueError: `gen_head_clear.pt` holds other generation head weights than `model`.
+    """
+    head, ours = _read_head(Path(directory)), model.model.generation_head
+    for name, module in zip(_HEAD_LINEARS, (ours.proj_out, ours.vision_head)):
+        module: nn.Linear = getattr(module, "base_layer", module)
+        saved = next((head[key] for key in _base_names(name) if key in head), None)
+        if saved is None:
+            continue
+        weight = module.weight.detach().cpu()
+        # One of the two may have been rounded to half precision.
+        if saved.shape != weight.shape or not torch.allclose(saved.float(), weight.float(), rtol=1e-2, atol=1e-4):
+            raise ValueError(
+                f"{Path(directory) / HEAD_FILE} was trained on a base whose {name} is {tuple(saved.shape)}; the "
+                f"generation head of {model.name_or_path or 'this model'} is {tuple(weight.shape)} or has other values. "
+                "Load the base that the fine-tune was made from."
+            )
+
+
+def _read_adapter_config(directory: Path) -> dict:
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} has no adapter_config.json; expected a fine-tune folder of ThinkClearly."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _check_settings(settings: dict, directory: Path):
+    unsupported = {
+        name: settings[name]
+        for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias", "fan_in_fan_out")
+        if settings.get(name)
+    }
+    if settings.get("peft_type") != "LORA" or unsupported or settings.get("bias", "none") != "none":
+        raise ValueError(
+            f"{directory}/adapter_config.json is {settings.get('peft_type')!r} with {unsupported or settings.get('bias')}; "
+            "the original script writes a plain LORA with bias 'none'. Load this adapter with PEFT itself."
+        )
+
+
+def _base_names(name: str) -> tuple[str, str]:
+    return f"base_head.{name}.base_layer.weight", f"base_head.{name}.weight"
+
+
+def _read_head(directory: Path) -> dict[str, torch.Tensor]:
+    path = directory / HEAD_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} has no {HEAD_FILE}, which holds the trained CLEAR linear: without it CLEAR would be decided by "
+            "random weights. Copy it from the training output."
+        )
+    head = torch.load(path, map_location="cpu", weights_only=True)
+    if missing := {"clear_linear.weight", "clear_linear.bias"} - set(head):
+        raise ValueError(
+            f"{path} has {len(head)} tensors but not {', '.join(sorted(missing))}; it holds no CLEAR linear."
+        )
+    known = re.compile(r"clear_linear\.(weight|bias)|base_head\.(output_mlp_projector|vision_head)\..+")
+    if unknown := sorted(key for key in head if not known.fullmatch(key)):
+        raise ValueError(f"{path} has {', '.join(unknown[:5])}; expected clear_linear and base_head tensors only.")
+    return head
+
+
+def _read_lora(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """LoRA matrices by DeepSeek's module name: `{module: {"A": (r, in), "B": (out, r)}}`."""
+    files = [directory / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(
+            f"{directory} has neither {files[0].name} nor {files[1].name}; the adapter is missing."
+        )
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    with open_weights(file) as (names, _, read):
+        for key in names:
+            match = _LORA.fullmatch(key)
+            if match is None:
+                raise ValueError(f"{file} has {key!r}; expected LoRA tensors only (….lora_A.weight, ….lora_B.weight).")
+            pairs.setdefault(match[1], {})[match[2]] = read(key).clone()
+    return pairs
+
+
+def _target_pattern(targets: list[str]) -> str:
+    """A pattern that matches exactly these modules, with the layers of one set of modules written once."""
+    layers: dict[str, list[str]] = {}
+    exact = []
+    for target in targets:
+        if match := re.fullmatch(r"model\.language_model\.layers\.(\d+)\.(.+)", target):
+            layers.setdefault(match[2], []).append(match[1])
+        else:
+            exact.append(re.escape(target))
+    modules: dict[tuple[str, ...], list[str]] = {}
+    for module, numbers in layers.items():
+        modules.setdefault(tuple(sorted(numbers, key=int)), []).append(re.escape(module))
+    return "|".join(
+        [
+            rf"model\.language_model\.layers\.(?:{'|'.join(numbers)})\.(?:{'|'.join(names)})"
+            for numbers, names in modules.items()
+        ]
+        + exact
+    )

@@ -1,0 +1,53 @@
+"""Weight files of a folder: which they are, and how to read them one tensor at a time."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The weight files of a folder: safetensors before `.bin`, one file before shards, shards with or without an index.
+
+    Raises:
+        FileNotFoundError: there are none, or the index names a file that is not there.
+    """
+    for single, shards in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin")):
+        if (folder / single).is_file():
+            return [folder / single]
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if absent := [name for name in names if not (folder / name).is_file()]:
+                raise FileNotFoundError(
+                    f"{index} names {', '.join(absent)}, absent from the folder; download every shard."
+                )
+            return [folder / name for name in names]
+        if files := sorted(
+            file for file in folder.glob(shards) if not file.name.startswith(("adapter_", "gen_head_clear"))
+        ):
+            return files
+    raise FileNotFoundError(
+        f"{folder} has no weights; expected model.safetensors, pytorch_model.bin or shards of one of them."
+    )
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[tuple[list[str], Callable, Callable]]:
+    """`with open_weights(file) as (names, shape, read)`: `shape(name)` is a tuple, `read(name)` a CPU tensor.
+
+    Tensors may be views of the mapped file, valid inside the `with` only: copy what is kept. Pickles are read with
+    `weights_only=True`.
+    """
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as handle:
+            yield list(handle.keys()), lambda name: tuple(handle.get_slice(name).get_shape()), handle.get_tensor
+        return
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # the format from before PyTorch 1.6 cannot be mapped
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    yield list(state), lambda name: tuple(state[name].shape), state.__getitem__

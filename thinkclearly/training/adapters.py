@@ -1,0 +1,125 @@
+"""LoRA on the language model and the generation head, and fine-tune directories read back onto a base model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+
+from thinkclearly.models.backbone import Backbone, codebook_hash, load_backbone
+from thinkclearly.models.clear_head import CONFIG_FILE, ClearConfig, ClearEditModel, read_clear_config
+from thinkclearly.models.original_finetune import is_original_finetune, read_original_finetune
+from thinkclearly.models.prompt import ClearEditProcessor
+
+logger = logging.getLogger(__name__)
+
+# Full names: bare suffixes would also match SigLIP's q_proj, k_proj and v_proj.
+LORA_TARGETS = (
+    r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+    r"|model\.generation_head\.(proj_out|vision_head)"
+)
+
+
+def add_lora(backbone: Backbone, base_name: str, config: ClearConfig, **lora) -> ClearEditModel:
+    """A trainable `ClearEditModel`: LoRA inside the frozen base, and a fresh CLEAR head.
+
+    Args:
+        base_name: written into the adapter's configuration, so that PEFT finds the base again.
+        lora: fields of `peft.LoraConfig` (`r`, `lora_alpha`, `lora_dropout`, `use_dora`, `use_rslora`, …).
+    """
+    janus = get_peft_model(backbone.model, LoraConfig(target_modules=LORA_TARGETS, **lora))
+    janus.peft_config["default"].base_model_name_or_path = base_name
+    return ClearEditModel(janus, config)
+
+
+def load_finetune(model: ClearEditModel, directory: str | Path) -> None:
+    """Puts the adapter and CLEAR head of `directory` into a model of the same shape (resuming)."""
+    directory = Path(directory)
+    if isinstance(model.janus, PeftModel):
+        set_peft_model_state_dict(model.janus, load_peft_weights(str(directory), device="cpu"))
+    else:
+        from thinkclearly.models.checkpoint import load_janus
+
+        model.janus.load_state_dict(load_janus(str(directory)).state_dict())
+    model.load_head(directory)
+    saved = read_clear_config(directory)
+    for name, value in vars(saved).items():
+        setattr(model.clear_config, name, value)
+
+
+def resolve(name_or_path: str, revision: str | None = None, token: str | None = None) -> Path:
+    """A local directory for a folder or a Hub id."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    return Path(snapshot_download(name_or_path, revision=revision, token=token))
+
+
+def load_clear_model(
+    name_or_path: str, *, base: str | None = None, revision: str | None = None, token: str | None = None, **kwargs
+) -> tuple[ClearEditModel, ClearEditProcessor]:
+    """Loads a fine-tune for inference: ours, or the original's directory format.
+
+    Args:
+        name_or_path: folder or Hub id.
+        base: base model to use instead of the one the adapter names.
+        kwargs: `dtype`, `device`, …; see `load_janus`.
+
+    Raises:
+        FileNotFoundError, ValueError: the CLEAR head is missing or belongs to another base; never random weights.
+    """
+    directory = resolve(name_or_path, revision, token)
+    if is_original_finetune(directory):
+        lora, state, weight, bias = read_original_finetune(directory)
+        backbone = load_backbone(base or lora.base_model_name_or_path, token=token, **kwargs)
+        janus = get_peft_model(backbone.model, lora)
+        _check_keys(set_peft_model_state_dict(janus, state), directory)
+        model = ClearEditModel(janus, ClearConfig(backbone.model.config.vq_config.num_embeddings))
+        model.set_head(weight, bias, where=directory / "gen_head_clear.pt")
+        return _ready(model, backbone), backbone.processor
+    if not (directory / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{name_or_path} has no {CONFIG_FILE} and no gen_head_clear.pt, so it holds no CLEAR head. Give a fine-tune "
+            "made by `thinkclearly train`, or use load_base for a model that has not been fine-tuned."
+        )
+    config = read_clear_config(directory)
+    if not (directory / "adapter_config.json").is_file():
+        backbone = load_backbone(str(directory), **kwargs)
+        model = ClearEditModel(backbone.model, config)
+    else:
+        name = base or PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+        backbone = load_backbone(name, token=token, **kwargs)
+        model = ClearEditModel(PeftModel.from_pretrained(backbone.model, str(directory)), config)
+    model.load_head(directory)
+    found = codebook_hash(model.base)
+    if config.codebook_hash and found != config.codebook_hash:
+        raise ValueError(
+            f"{name_or_path} was trained on codebook {config.codebook_hash}, its base model now has {found}: not the "
+            "base it belongs to. Pass the right one as base=."
+        )
+    return _ready(model, backbone), backbone.processor
+
+
+def load_base(name_or_path: str, **kwargs) -> tuple[ClearEditModel, ClearEditProcessor]:
+    """A base model without CLEAR head: draws, describes and edits, but never copies."""
+    backbone = load_backbone(name_or_path, **kwargs)
+    codes = backbone.model.config.vq_config.num_embeddings
+    return _ready(ClearEditModel(backbone.model, ClearConfig(codes, instructions=[])), backbone), backbone.processor
+
+
+def _ready(model: ClearEditModel, backbone: Backbone) -> ClearEditModel:
+    model.clear_head.to(backbone.model.device)
+    return model.eval().requires_grad_(False)
+
+
+def _check_keys(result, directory: Path) -> None:
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{directory}: the adapter does not fit this base model; missing {missing[:3]}, "
+            f"unexpected {result.unexpected_keys[:3]}"
+        )
+
+

@@ -1,0 +1,162 @@
+"""ClearEditTrainer: transformers' Trainer with weighted cross-entropy over K + I classes.
+
+Knows how the loss is counted, logged, saved and resumed. Does not know where data or pictures come from.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torchmetrics import MeanMetric
+from torchmetrics.classification import BinaryAUROC
+from transformers import Trainer
+
+from thinkclearly.data.collator import EditCollator
+from thinkclearly.decoding.guidance import gate_log_odds
+from thinkclearly.models.clear_head import ClearEditModel
+from thinkclearly.models.prompt import ClearEditProcessor
+from thinkclearly.training.adapters import load_finetune
+
+
+def class_weights(labels: torch.Tensor, codebook_size: int, clear_weight: float) -> torch.Tensor:
+    """Weight of each label: `clear_weight` for instructions, 1 for codes; float32, the shape of `labels`."""
+    return torch.where(labels >= codebook_size, clear_weight, 1.0)
+
+
+def weighted_loss(
+    logits: torch.Tensor, labels: torch.Tensor, codebook_size: int, clear_weight: float, total: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Class-weighted cross-entropy, divided by the sum of the weights, as torch's own weighted mean is.
+
+    Args:
+        logits: float32 (B, N, K + I).
+        labels: long (B, N).
+        total: sum of weights to divide by; that of these labels where not given. With gradient accumulation or
+            several processes it is the sum over the whole optimizer step.
+    """
+    weights = class_weights(labels, codebook_size, clear_weight)
+    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    return (loss * weights.flatten()).sum() / (weights.sum() if total is None else total)
+
+
+class GateMeter:
+    """Running CLEAR rates, code accuracy and gate AUC over the rows that see the source; sums over processes."""
+
+    def __init__(self, codebook_size: int, device: torch.device):
+        self.codebook_size = codebook_size
+        means = ("clear_rate_true", "clear_rate_predicted", "code_accuracy", "accuracy")
+        self.means = {name: MeanMetric().to(device) for name in means}
+        self.auc = BinaryAUROC(thresholds=512).to(device)
+
+    @torch.no_grad()
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, sees_source: torch.Tensor) -> None:
+        logits, labels = logits[sees_source], labels[sees_source]
+        if labels.numel() == 0:
+            return
+        clear, predicted = labels >= self.codebook_size, logits.argmax(-1)
+        code_hit = logits[..., : self.codebook_size].argmax(-1) == labels
+        self.means["clear_rate_true"].update(clear.float())
+        self.means["clear_rate_predicted"].update((predicted >= self.codebook_size).float())
+        # Empty updates carry weight 0, so no position needs to be counted on the host.
+        self.means["code_accuracy"].update(code_hit.float(), (~clear).float())
+        self.means["accuracy"].update((predicted == labels).float())
+        self.auc.update(gate_log_odds(logits, self.codebook_size).sigmoid().flatten(), clear.long().flatten())
+
+    def compute(self) -> dict[str, float]:
+        """The values since the last call, and a fresh start."""
+        if not any(metric.update_called for metric in self.means.values()):
+            return {}
+        values = {name: float(metric.compute()) for name, metric in self.means.items()} | {"gate_auc": float(self.auc.compute())}
+        for metric in (*self.means.values(), self.auc):
+            metric.reset()
+        return values
+
+
+class ClearEditTrainer(Trainer):
+    """Fine-tunes a `ClearEditModel`.
+
+    Besides the loss it logs, for rows that see the source: true and predicted CLEAR rate, accuracy of the codes where
+    a code is the label, accuracy over all classes, and the area under the gate's ROC curve.
+
+    Args:
+        model: with LoRA inside, or bare for full fine-tuning.
+        processor: saved beside every checkpoint.
+        clear_weight: class weight of instruction tokens; callbacks may move it.
+        data_collator: with condition dropout; evaluation uses the same without dropout.
+        kwargs: the Trainer's own.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: ClearEditModel,
+        processor: ClearEditProcessor,
+        clear_weight: float,
+        data_collator: EditCollator,
+        **kwargs,
+    ):
+        super().__init__(model=model, data_collator=data_collator, **kwargs)
+        self.processor = processor
+        self.clear_weight = clear_weight
+        self.eval_collator = EditCollator(processor, model.vocabulary)
+        self.codebook_size = model.vocabulary.codebook_size
+        self.meters = {mode: GateMeter(self.codebook_size, self.args.device) for mode in ("train", "eval")}
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        """Sum of class weights over all micro-batches and processes of one optimizer step."""
+        weights = [class_weights(b["labels"], self.codebook_size, self.clear_weight).sum() for b in batch_samples]
+        total = torch.stack(weights).sum().to(device) if weights else torch.zeros((), device=device)
+        return self.accelerator.gather(total).sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(**inputs)
+        if model.training:
+            # Processes average their gradients; the sum of weights is already the global one.
+            scale = self.accelerator.num_processes
+            total = num_items_in_batch
+        else:
+            scale, total = 1, None
+        loss = scale * weighted_loss(logits, inputs["labels"], self.codebook_size, self.clear_weight, total)
+        meter = self.meters["train" if model.training else "eval"]
+        meter.update(logits.detach(), inputs["labels"], inputs["source_slot"] >= 0)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss alone: logits of K + I classes at every position are not worth gathering."""
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        training, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self.meters["eval"].compute().items()})
+        return output
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self.meters["train"].compute(), "clear_weight": self.clear_weight}
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        directory = output_dir or self.args.output_dir
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.clear_config.clear_weight = self.clear_weight
+        model.save_pretrained(directory)
+        self.processor.save_pretrained(directory)
+        torch.save(self.args, f"{directory}/training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+        load_finetune(model, resume_from_checkpoint)
+        self.clear_weight = model.clear_config.clear_weight
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
