@@ -22,7 +22,8 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from thinkclearly.data.shapes import packaged_photos, random_edit
+from thinkclearly.data.shapes import packaged_photos, picture_size, random_edit
+from thinkclearly.images import Letterbox
 from thinkclearly.models.backbone import embed_prompt, encode_tokens, image_features, teacher_forced_hidden
 from thinkclearly.models.prompt import BOS, EOS, FULL, PAD, PART, SPECIAL_TOKENS, SYSTEM, UNCOND, ClearEditProcessor
 
@@ -221,8 +222,10 @@ class Edits(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         edit = random_edit(self.seed, index, self.photos)
-        source, target, _ = edit.render(IMAGE_SIZE)
-        return edit.instruction, edit.before.caption(), np.stack([np.asarray(source), np.asarray(target)])
+        size = picture_size(self.seed, index, IMAGE_SIZE)
+        box = Letterbox(*size, IMAGE_SIZE)
+        pair = [np.asarray(box.fit(picture)) for picture in edit.render(*size)[:2]]
+        return edit.instruction, edit.before.caption(), np.stack(pair)
 
 
 def collate(rows):

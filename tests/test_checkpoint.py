@@ -10,11 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from peft import get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import JanusConfig, JanusForConditionalGeneration
+from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
+from thinkclearly.models import deepseek
 from thinkclearly.models.checkpoint import export_deepseek, from_deepseek, load_janus
 from thinkclearly.models.original_finetune import check_original_base, is_original_finetune, read_original_finetune
 
@@ -165,6 +168,39 @@ def test_config_comes_from_shapes_and_tokenizer(model, golden, weights):
     assert model.generation_config.pad_token_id == special.pad
 
 
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "layers", "heads", "listed"),
+    [(2048, 5632, 24, 16, True), (4096, 11008, 30, 32, False)],
+    ids=("1B", "7B"),
+)
+def test_janus_pro_sizes(hidden, intermediate, layers, heads, listed):
+    """The published sizes; the 7B's config.json leaves what LlamaConfig defaults to unsaid."""
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads}
+    language = {"max_position_embeddings": 16384, "num_hidden_layers": layers, "vocab_size": 102400}
+    vision = JanusVisionConfig(projection_dim=hidden)
+    vq = JanusVQVAEConfig(projection_dim=hidden, image_token_embed_dim=hidden)
+    native = JanusConfig(
+        text_config=LlamaConfig(**sizes, **language), vision_config=vision, vq_config=vq, tie_word_embeddings=False
+    )
+    with torch.device("meta"):
+        state = JanusForConditionalGeneration(native).state_dict()
+    groups = {}
+    for key, tensor in state.items():
+        groups.setdefault(deepseek.deepseek_key(key), []).append(tensor)
+    shapes = {key: tuple(deepseek.to_deepseek(key, parts).shape) for key, parts in groups.items()}
+    assert shapes["vision_model.vision_tower.blocks.23.attn.qkv.weight"] == (3072, 1024)
+    assert shapes["gen_vision_model.decoder.conv_blocks.4.res.2.conv1.weight"] == (128, 128, 3, 3)
+    theirs = deepseek.deepseek_config(native, torch.bfloat16)
+    theirs["language_config"] = (
+        language | {"model_type": "llama", "torch_dtype": "bfloat16"} | (sizes if listed else {})
+    )
+    del theirs["vision_config"]["params"]["heads"]
+    ours = deepseek.native_config(theirs, shapes, "Janus-Pro")
+    for part in ("text_config", "vision_config", "vq_config"):
+        ours_part, part = getattr(ours, part).to_dict(), getattr(native, part).to_dict()
+        assert ours_part | {"dtype": None} == part | {"dtype": None}
+
+
 @torch.no_grad()
 def test_half_precision_leaves_the_tokenizer_alone(golden, model, expected):
     half = load_janus(golden / "checkpoint", dtype=torch.bfloat16)
@@ -259,35 +295,78 @@ def test_from_deepseek_in_memory(golden, model, weights):
     assert same(ours, model)
 
 
+def fake_hub(monkeypatch, repository, cache):
+    """Stands for the Hub: downloads into `cache` what the patterns allow of `repository`."""
+
+    def download(name, allow_patterns, ignore_patterns, **_):
+        cache.mkdir(exist_ok=True)
+        for file in filter_repo_objects(
+            [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()],
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
+        ):
+            shutil.copy(repository / file, cache / file)
+        return str(cache)
+
+    monkeypatch.setattr("thinkclearly.models.checkpoint.snapshot_download", download)
+
+
+@pytest.mark.parametrize("kind", ("safetensors", "both", "bin"))
+def test_hub_id_downloads_one_kind_of_weights(checkpoint, tmp_path, monkeypatch, model, weights, kind):
+    if kind != "safetensors":
+        torch.save(weights, checkpoint / "pytorch_model.bin")
+    if kind == "bin":
+        (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "modeling_evil.py").write_text("raise SystemExit")
+    fake_hub(monkeypatch, checkpoint, tmp_path / "cache")
+    loaded = load_janus("someone/some-janus")
+    assert same(loaded, model) and loaded.config.image_token_id == model.config.image_token_id
+    names = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert ("pytorch_model.bin" in names) == (kind == "bin") and "modeling_evil.py" not in names
+
+
+def test_unreachable_hub_id(monkeypatch):
+    def download(*_, **__):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr("thinkclearly.models.checkpoint.snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub repository"):
+        load_janus("outputs/misspelt")
+
+
 # ---- what must not load ------------------------------------------------------------------------------------------
 
 
-def damage(checkpoint, weights, **changes):
-    state = dict(weights)
-    for key, tensor in changes.items():
-        key = key.replace("__", ".")
-        if tensor is None:
-            del state[key]
-        else:
-            state[key] = tensor
-    save_file(state, checkpoint / "model.safetensors")
+_QKV = "vision_model.vision_tower.blocks.1.attn.qkv.bias"
+_POSITIONS = "vision_model.vision_tower.pos_embed"
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("change", "message"),
     [
-        ({"gen_embed__extra": torch.zeros(2)}, r"1 unexpected: gen_embed.extra \(in model.safetensors\)"),
-        ({"another.thing": torch.zeros(2)}, r"1 unexpected: another.thing \(in model.safetensors\)"),
-        ({"language_model.lm_head.weight": None}, "1 missing: language_model.lm_head.weight"),
-        ({"vision_model.vision_tower.blocks.1.attn.qkv.bias": None}, "1 missing: .*blocks.1.attn.qkv.bias"),
-        ({"gen_vision_model.quant_conv.weight": None}, "has no tensor 'gen_vision_model.quant_conv.weight'"),
-        ({"gen_embed.weight": torch.zeros(7, 8)}, r"1 mismatched: gen_embed.weight \(7, 8\) \(in model.safetensors\)"),
-        ({"vision_model.vision_tower.blocks.0.attn.qkv.bias": torch.zeros(4)}, "1 mismatched: .*attn.qkv.bias"),
-        ({"vision_model.vision_tower.pos_embed": torch.zeros(1, 25, 64)}, "pos_embed has 25 positions"),
+        (
+            lambda s: s.update({"gen_embed.extra": torch.zeros(2)}),
+            r"1 unexpected: gen_embed.extra \(in model.safetens",
+        ),
+        (
+            lambda s: s.update({"another.thing": torch.zeros(2)}),
+            r"1 unexpected: another.thing \(in model.safetensors\)",
+        ),
+        (lambda s: s.pop("language_model.lm_head.weight"), "1 missing: language_model.lm_head.weight"),
+        (lambda s: s.pop(_QKV), f"1 missing: {_QKV}"),
+        (lambda s: s.pop("gen_vision_model.quant_conv.weight"), "has no tensor 'gen_vision_model.quant_conv.weight'"),
+        (
+            lambda s: s.update({"gen_embed.weight": s["gen_embed.weight"][1:].clone()}),
+            r"1 mismatched: gen_embed.weight \(\d+, \d+\) \(in model.safetensors\)",
+        ),
+        (lambda s: s.update({_QKV: torch.zeros(4)}), rf"1 mismatched: {_QKV} \(4,\)"),
+        (lambda s: s.update({_POSITIONS: s[_POSITIONS][:, 1:].clone()}), r"pos_embed has \d+ positions"),
     ],
 )
-def test_keys_must_match_one_to_one(checkpoint, weights, changes, message):
-    damage(checkpoint, weights, **changes)
+def test_keys_must_match_one_to_one(checkpoint, weights, change, message):
+    state = dict(weights)
+    change(state)
+    save_file(state, checkpoint / "model.safetensors")
     with pytest.raises(ValueError, match=message) as error:
         load_janus(checkpoint)
     assert str(checkpoint) in str(error.value)
@@ -307,8 +386,8 @@ def edit_config(checkpoint, change):
         (lambda c: c["aligner_config"]["params"].update(projector_type="linear"), "projector_type 'linear'"),
         (lambda c: c["vision_config"]["params"].update(model_name="sam_b"), "tower is 'sam_b'"),
         (lambda c: c["vision_config"]["params"].update(pixel_mean=[0.5] * 3), "pixel_mean"),
-        (lambda c: c["language_config"].update(num_hidden_layers=4), "missing: language_model.model.layers.3"),
-        (lambda c: c["language_config"].update(vocab_size=500), "mismatched: language_model.lm_head.weight"),
+        (lambda c: c["language_config"].update(num_hidden_layers=1), "unexpected: language_model.model.layers.1"),
+        (lambda c: c["language_config"].update(vocab_size=7), "mismatched: language_model.lm_head.weight"),
         (lambda c: c.update(model_type="llava"), "model_type 'llava'; expected 'janus'"),
     ],
 )
@@ -367,7 +446,7 @@ def test_export_writes_deepseeks_config(model, golden, tmp_path):
         ours, theirs = (json.loads((folder / name).read_text()) for folder in (out, golden / "checkpoint"))
         for key in theirs.keys() - {"transformers_version", "torch_dtype"}:
             if isinstance(theirs[key], dict):
-                flat = lambda part: {**part, **part.get("params", {}), "params": None}  # noqa: E731
+                flat = lambda part: {**part, **part.get("params", {}), "params": None}
                 assert flat(theirs[key]).items() <= (flat(ours[key]) | {"params": None}).items(), (name, key)
             else:
                 assert theirs[key] == ours[key], (name, key)
@@ -391,10 +470,14 @@ def test_export_refuses(model, golden, tmp_path):
 def test_other_architectures_survive_the_round_trip(model, tmp_path):
     """No residual blocks in the encoder, odd MLP widths, grouped heads, scaled RoPE, three projector layers."""
     config = model.config.to_dict()
-    config["vq_config"] |= {"num_res_blocks": 0, "channel_multiplier": [1, 1, 1, 1, 3], "num_hidden_layers": 3}
-    config["vision_config"] |= {"mlp_ratio": 43 / 64, "num_attention_heads": 2, "depth": 3}
+    levels = len(config["vq_config"]["channel_multiplier"])
+    multipliers = [1] * (levels - 1) + [3]
+    config["vq_config"] |= {"num_res_blocks": 0, "channel_multiplier": multipliers, "num_hidden_layers": 3}
+    hidden = config["vision_config"]["hidden_size"]
+    config["vision_config"] |= {"mlp_ratio": 43.5 / hidden, "num_attention_heads": 2, "depth": 3}
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
-    config["text_config"] |= {"num_key_value_heads": 2, "rope_parameters": rope}
+    grouped = config["text_config"]["num_attention_heads"] // 2
+    config["text_config"] |= {"num_key_value_heads": grouped, "rope_parameters": rope}
     torch.manual_seed(0)
     other = JanusForConditionalGeneration(JanusConfig(**config))
     export_deepseek(other, tmp_path / "out")
@@ -439,6 +522,7 @@ for folder in sys.argv[1:]:
 def test_loading_needs_one_copy_of_the_weights(model, tmp_path):
     config = model.config.to_dict()
     config["text_config"] |= {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 128}
+    config["text_config"] |= {"num_attention_heads": 4, "num_key_value_heads": 4}
     config["vision_config"] |= {"projection_dim": 512}
     config["vq_config"] |= {"projection_dim": 512, "image_token_embed_dim": 512}
     big = JanusForConditionalGeneration(JanusConfig(**config))
@@ -524,7 +608,9 @@ def test_finetune_uses_the_copy_that_inference_loads_last(finetune, caplog):
     assert "vision_head differ" in caplog.text
     torch.save({k: v for k, v in head.items() if k.startswith("clear_linear")}, path)
     _, lora, _, _ = read_original_finetune(finetune)
-    assert torch.equal(lora["base_model.model.model.generation_head.vision_head.lora_B.weight"], head[key] - 1)
+    adapter = load_file(finetune / "adapter_model.safetensors")
+    saved = adapter["base_model.model.gen_head_clear.base_head.vision_head.lora_B.weight"]
+    assert torch.equal(lora["base_model.model.model.generation_head.vision_head.lora_B.weight"], saved)
 
 
 def test_is_original_finetune(golden, finetune, tmp_path):
@@ -571,16 +657,16 @@ _Q = "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_A.wei
             ValueError,
             "different fine-tunes",
         ),
-        (head_with(lambda h: h.update({"clear_linear.weight": torch.zeros(2, 64)})), ValueError, "expected"),
+        (head_with(lambda h: h.update({"clear_linear.bias": torch.zeros(2)})), ValueError, r"bias \(2,\)"),
         (lora_with(lambda s: s.pop(_Q)), ValueError, "layers.0.self_attn.q_proj has"),
-        (lora_with(lambda s: s.update({_Q: torch.zeros(5, 64)})), ValueError, "says r=4"),
+        (lora_with(lambda s: s.update({_Q: s[_Q][1:].clone()})), ValueError, r"says r=\d+"),
         (
             lora_with(lambda s: s.update({_Q.replace("lora_A.weight", "bias"): torch.zeros(1)})),
             ValueError,
             "LoRA tensors",
         ),
         (
-            lora_with(lambda s: s.update({"base_model.model.aligner.layers.0.lora_A.weight": torch.zeros(4, 64)})),
+            lora_with(lambda s: s.update({"base_model.model.aligner.layers.0.lora_A.weight": s[_Q].clone()})),
             ValueError,
             "adapts 'aligner.layers.0'",
         ),

@@ -165,16 +165,12 @@ def test_target_is_compared_too(folder):
 
 
 def test_token_lists(folder):
-    record = {
-        "input_tokens": [1, 2, 3, 4],
-        "output_tokens": ["<CLEAR>", "<CLEAR>", 9, 4],
-        "target_tokens": [1, 7, 8, 4],
-    }
+    record = {"clear": [[1, 1], [0, 0]], "source_tokens": [1, 2, 3, 4], "target_tokens": [1, 7, 8, 4]}
     (folder / "result.json").write_text(json.dumps(record))
     result = evaluate_folder(folder)
     clear = result["summary"]["clear_tokens"]
     assert (clear["clear_both"], clear["clear_predicted"], clear["clear_true"], clear["positions"]) == (1, 2, 2, 4)
-    (folder / "result.json").write_text(json.dumps({"instruction": "no tokens here"}))
+    (folder / "result.json").write_text(json.dumps({"clear": [[1]], "source_tokens": [1]}))
     assert "clear_tokens" not in evaluate_folder(folder)["summary"]
 
 
@@ -199,7 +195,7 @@ def break_json(folder):
 
 
 def break_tokens(folder):
-    (folder / "result.json").write_text('{"input_tokens": [1], "output_tokens": [1, 2], "target_tokens": [1]}')
+    (folder / "result.json").write_text('{"clear": [[1, 0]], "source_tokens": [1], "target_tokens": [2]}')
 
 
 def drop_predictions(folder):
@@ -215,7 +211,7 @@ def drop_predictions(folder):
         (break_mask_colour, "mask.png is a colour picture"),
         (break_file, "pixel_composite.png: cannot be read"),
         (break_json, "result.json is not JSON"),
-        (break_tokens, "result.json: the token lists differ in length .*output_tokens 2"),
+        (break_tokens, "result.json: .* do not fit together .*2 predicted positions but 1"),
         (drop_predictions, "nothing to compare"),
     ],
 )

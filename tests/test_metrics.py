@@ -27,7 +27,7 @@ def smooth(seed, size=(48, 64)):
     """Something photograph-like: blurred noise, and a slightly different copy."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-    picture = np.asarray(small.resize(size[::-1], Image.Resampling.BICUBIC))
+    picture = np.array(small.resize(size[::-1], Image.Resampling.BICUBIC))
     return picture, np.clip(picture + rng.integers(-9, 10, picture.shape), 0, 255).astype(np.uint8)
 
 
@@ -172,7 +172,8 @@ def test_aggregate_leaves_empty_regions_out():
     with_edit = image_metrics(a, b, half_mask(a.shape))
     without = image_metrics(a, b, np.zeros(a.shape[:2], bool))
     result = aggregate_image_metrics([with_edit, without])
-    assert result["mse_inside"] == result["mse_pooled_inside"] == with_edit["mse_inside"]
+    assert result["mse_inside"] == with_edit["mse_inside"]
+    assert result["mse_pooled_inside"] == pytest.approx(with_edit["mse_inside"])
     assert aggregate_image_metrics([without])["psnr_pooled_inside"] is None
     assert "mse_inside" not in aggregate_image_metrics([image_metrics(a, b)])
     with pytest.raises(ValueError, match="at least one"):

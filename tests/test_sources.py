@@ -120,6 +120,16 @@ def test_shuffle_is_repeatable_and_comes_before_the_limit(table):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_keys_tell_the_row_across_shuffled_files(table, streaming):
+    whole = Dataset.from_parquet(str(table))
+    for part in range(3):
+        whole.shard(3, part, contiguous=True).to_parquet(table.parent / f"train-{part:05d}-of-00003.parquet")
+    table.unlink()
+    for row in magicbrush(str(table.parent), shuffle_seed=3, streaming=streaming):
+        assert row["instruction"] == INSTRUCTIONS[int(row["key"][len("train[") : -1])]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_other_column_names_and_no_mask(tmp_path, streaming):
     path = tmp_path / "other.parquet"
     rows = {

@@ -1,0 +1,19 @@
+"""ThinkClearly: picture editing with instruction tokens. What nobody asked to change stays the source, byte for byte."""
+
+from thinkclearly.data.prepare import prepare_dataset
+from thinkclearly.editing.editor import Editor, EditResult, EditSettings
+from thinkclearly.training.adapters import load_clear_model
+from thinkclearly.training.trainer import ClearEditTrainer
+
+__version__ = "0.1.0"
+__all__ = ["ClearEditTrainer", "EditResult", "EditSettings", "Editor", "load_editor", "prepare_dataset"]
+
+
+def load_editor(name_or_path: str, **kwargs) -> Editor:
+    """An editor from a fine-tune: a folder or Hub id, ours or the original's directory format.
+
+    Args:
+        name_or_path: the fine-tune. A missing or mismatched CLEAR head is an error.
+        kwargs: `base`, `dtype`, `device`, `revision`, `token`, …; see `load_clear_model`.
+    """
+    return Editor(*load_clear_model(name_or_path, **kwargs))

@@ -328,3 +328,10 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
     if not np.isfinite(values).all():
         raise ValueError("to_image: the pixels hold NaN or infinity; check the weights and the dtype of the decoder.")
     return Image.fromarray(np.clip((values + 1) / 2 * 255, 0, 255).astype(np.uint8))
+
+
+def patch_difference(a: Image.Image, b: Image.Image, grid: int) -> np.ndarray:
+    """Largest difference of any pixel and channel in each patch of two square pictures: uint8 (grid, grid)."""
+    difference = np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max(-1)
+    patch = len(difference) // grid
+    return difference.reshape(grid, patch, grid, patch).max((1, 3)).astype(np.uint8)

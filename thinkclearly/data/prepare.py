@@ -22,7 +22,7 @@ from datasets import Dataset, Features, Image, Sequence, Value
 from tqdm.auto import tqdm
 
 from thinkclearly.data.sources import BadRecord, read_example
-from thinkclearly.images import Letterbox
+from thinkclearly.images import Letterbox, patch_difference
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.backbone import Backbone, codebook_hash, encode_tokens
 
@@ -213,10 +213,8 @@ def _fit(example, backbone: Backbone):
     box = Letterbox(*example.source.size, processor.image_size)
     source = box.fit(example.source)
     target = Letterbox(*example.target.size, processor.image_size).fit(example.target)
-    grid, patch = processor.grid, processor.image_size // processor.grid
-    difference = np.abs(np.asarray(source, np.int16) - np.asarray(target, np.int16)).max(-1)
-    largest = difference.reshape(grid, patch, grid, patch).max((1, 3)).astype(np.uint8).ravel()
-    mask = None if example.mask is None else box.fit_mask(example.mask, grid).ravel().tolist()
+    largest = patch_difference(source, target, processor.grid).ravel()
+    mask = None if example.mask is None else box.fit_mask(example.mask, processor.grid).ravel().tolist()
     return source, target, largest, mask
 
 

@@ -312,6 +312,13 @@ def random_edit(seed: int, index: int, photos: list[str], operations: tuple[str,
     return edit_scene(before, str(rng.choice(operations)), rng)
 
 
+def picture_size(seed: int, index: int, side: int) -> tuple[int, int]:
+    """Width and height for an edit: square in seven of ten cases, else portrait or landscape of long side `side`."""
+    rng = np.random.default_rng((seed, index, 1))
+    short = round(side * rng.uniform(0.6, 0.95)) if rng.random() < 0.3 else side
+    return (side, short) if rng.random() < 0.5 else (short, side)
+
+
 def edit_scene(before: Scene, operation: str, rng: np.random.Generator) -> ShapeEdit:
     """A random edit of the given kind, and one of its wordings."""
     shapes, background = list(before.shapes), before.background

@@ -150,6 +150,7 @@ def magicbrush(
     )
     tested = ["instruction", "turn_index"] if turn_index is not None else ["instruction"]
     if streaming:
+        table = table.skip(0)  # freezes the order of the files: a shuffled row's key still tells where it is
         table = table.map(_with_key, with_indices=True, fn_kwargs={"prefix": prefix}, features=_with_turn(names))
         table = table.filter(keep, input_columns=tested)
         table = table if shuffle_seed is None else table.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
@@ -343,7 +344,7 @@ def shapes(
     photos_folder: str | os.PathLike | None = None,
     operations: Sequence[str] = shape_generator.OPERATIONS,
 ) -> datasets.Dataset:
-    """`count` built-in edits with true masks, `size` x `size`, rendered once as PNG into the datasets cache.
+    """`count` built-in edits with true masks, long side `size`, rendered once as PNG into the datasets cache.
 
     Row i is `random_edit(seed, n, photos, operations)` with n = i for training and `TEST_OFFSET` + i for test; its
     key is `shapes[seed:n]`. The two splits share neither edits nor (packaged) photographs.
@@ -362,7 +363,7 @@ def shapes(
         raise ValueError(f"operations={operations!r}: expected some of {', '.join(shape_generator.OPERATIONS)}.")
     if count < 1 or size < 32:
         raise ValueError(f"shapes: count={count}, size={size}; expected at least 1 edit of at least 32 pixels.")
-    photos = shape_generator.packaged_photos(split) if photos_folder is None else _pictures(Path(photos_folder))
+    photos = shape_generator.packaged_photos(split) if photos_folder is None else pictures_in(photos_folder)
     arguments = {
         "numbers": (first := TEST_OFFSET * (split == "test"), first + count),
         "size": size,
@@ -379,7 +380,9 @@ def shapes(
     )
 
 
-def _pictures(root: Path) -> list[str]:
+def pictures_in(folder: str | os.PathLike) -> list[str]:
+    """Paths of all pictures under a folder, sorted."""
+    root = Path(folder)
     known = Image.registered_extensions()
     photos = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in known and p.is_file())
     if not photos:
@@ -391,7 +394,7 @@ def _render_shapes(numbers, size, seed, photos, operations) -> Iterator[dict]:
     for number in range(*numbers):
         edit = shape_generator.random_edit(seed, number, photos, operations)
         row = {"key": f"shapes[{seed}:{number}]", "instruction": edit.instruction}
-        for side, picture in zip(("source", "target", "mask"), edit.render(size)):
+        for side, picture in zip(("source", "target", "mask"), edit.render(*shape_generator.picture_size(seed, number, size))):
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")
             row[side] = {"path": None, "bytes": buffer.getvalue()}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from thinkclearly.config import option
 from thinkclearly.decoding.guidance import gate_log_odds, guide, row_weights
 from thinkclearly.decoding.sampling import draw, gumbel_noise, warpers
 from thinkclearly.models.backbone import positions, token_embeddings
@@ -19,28 +20,18 @@ from thinkclearly.models.clear_head import ClearEditModel
 
 @dataclass
 class DecodeSettings:
-    """How to decode.
+    """How to decode."""
 
-    Args:
-        guidance (`str`, *optional*, defaults to `"factorised"`): `"factorised"` takes the copy decision from the full
-            row alone and guides the codes; `"joint"` is the original's formula, guidance over all K + I classes.
-        cfg_weight (`float`, *optional*, defaults to 5.0): guidance weight w; see `guidance.row_weights`.
-        cfg_weight2 (`float`, *optional*, defaults to 5.0): weight of the part row against the full row.
-        clear_bias (`float`, *optional*, defaults to 0.0): added to the log-odds of copying (joint: to its logit).
-        temperature (`float`, *optional*, defaults to 1.0): of the codes; 0 decodes greedily.
-        top_k (`int`, *optional*, defaults to 0): keep the k best codes; 0 keeps all.
-        top_p (`float`, *optional*, defaults to 1.0): keep the nucleus of this probability mass.
-        use_cfg (`bool`, *optional*, defaults to True): without it only the full row is decoded.
-    """
-
-    guidance: str = "factorised"
-    cfg_weight: float = 5.0
-    cfg_weight2: float = 5.0
-    clear_bias: float = 0.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    use_cfg: bool = True
+    guidance: str = option(
+        "factorised", "factorised: copying is decided by the full row alone, guidance acts on the codes; joint: the original's formula."
+    )
+    cfg_weight: float = option(5.0, "Guidance weight w in u + w(c - u); see decoding/guidance.py.")
+    cfg_weight2: float = option(5.0, "Weight of the part row (no source codes) against the full row.")
+    clear_bias: float = option(0.0, "Added to the log-odds of copying (joint: to the CLEAR logit).")
+    temperature: float = option(1.0, "Sampling temperature of the codes; 0 decodes greedily.")
+    top_k: int = option(0, "Sample from the k best codes; 0 for all.")
+    top_p: float = option(1.0, "Sample from the smallest set of codes with this probability mass.")
+    use_cfg: bool = option(True, "Guidance; without it only the full row is decoded.")
 
     def __post_init__(self):
         if self.guidance not in ("factorised", "joint"):

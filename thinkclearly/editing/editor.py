@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from thinkclearly.config import option
 from thinkclearly.decoding.engine import Decoded, DecodeSettings, decode
 from thinkclearly.editing.composite import composite, smooth_mask
 from thinkclearly.images import Letterbox, load_image, to_image
@@ -25,20 +26,12 @@ from thinkclearly.models.prompt import FULL, PART, UNCOND, ClearEditProcessor
 
 @dataclass
 class EditSettings(DecodeSettings):
-    """Everything about one edit but picture, words and seed; the fields of `DecodeSettings` and these.
+    """Everything about one edit but picture, words and seed."""
 
-    Args:
-        mask_smooth_ksize (`int`, *optional*, defaults to 1): majority filter over the CLEAR mask; the original used 3.
-        mask_smooth_passes (`int`, *optional*, defaults to 1): how often it is applied.
-        feather_radius_px (`float`, *optional*, defaults to 2.0): width of the blend, pixels of the model's square.
-        feather (`str`, *optional*, defaults to `"inside"`): `"inside"` keeps CLEAR patches byte-identical,
-            `"two_sided"` is the original's blur.
-    """
-
-    mask_smooth_ksize: int = 1
-    mask_smooth_passes: int = 1
-    feather_radius_px: float = 2.0
-    feather: str = "inside"
+    mask_smooth_ksize: int = option(1, "Majority filter over the CLEAR mask, odd size in patches; 1 for none.")
+    mask_smooth_passes: int = option(1, "How often the majority filter is applied.")
+    feather_radius_px: float = option(2.0, "Width of the blend beside CLEAR patches, pixels of the model's square.")
+    feather: str = option("inside", "inside keeps CLEAR patches byte-identical; two_sided is the original's blur.")
 
 
 @dataclass

@@ -11,17 +11,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..images import MASK_THRESHOLD, load_image, load_mask
-from .metrics import aggregate_clear_metrics, aggregate_image_metrics, clear_metrics, image_metrics
-from .pictures import heat_map
-from .tables import markdown
+from thinkclearly.evaluation.metrics import (
+    aggregate_clear_metrics,
+    aggregate_image_metrics,
+    clear_metrics,
+    image_metrics,
+)
+from thinkclearly.evaluation.pictures import heat_map
+from thinkclearly.evaluation.tables import markdown
+from thinkclearly.images import MASK_THRESHOLD, load_image, load_mask
 
 logger = logging.getLogger(__name__)
 
 SOURCES = ("input_image.png", "source.png")
 PREDICTIONS = ("raw_model", "token_composite", "pixel_composite", "input_decoded")
 COPY = "copy_source"
-CLEAR_TOKEN = "<CLEAR>"
 
 
 def evaluate_folder(directory: str | os.PathLike) -> dict:
@@ -35,8 +39,8 @@ def evaluate_folder(directory: str | os.PathLike) -> dict:
       how well it chose.
     - `clear_mask.png`: what the model left alone, white where CLEAR; compared with `mask.png` pixel by pixel.
     - `target.png`: the wanted picture; everything is compared with it, too.
-    - `result.json`: with `input_tokens`, `output_tokens` (where `"<CLEAR>"` marks CLEAR) and `target_tokens`, lists
-      of one length, CLEAR is compared with the positions where the target has the input's token.
+    - `result.json`, as `EditResult.save` writes it: add `target_tokens`, the target's codes, and its `clear` (a grid
+      of 0 and 1) is compared with the positions where the target has the token of `source_tokens`.
 
     Preservation metrics reward doing nothing, so there is always a row `copy_source`, the source as prediction.
 
@@ -130,22 +134,21 @@ def _mask(path: Path, source: Image.Image, source_path: Path) -> np.ndarray | No
 
 
 def _token_metrics(path: Path) -> dict | None:
-    """`clear_metrics` of the three token lists in a result.json, or `None` where it has not got all three."""
+    """`clear_metrics` of the lists in a result.json, or `None` where it has not got all three."""
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}).") from error
-    names = ("input_tokens", "output_tokens", "target_tokens")
+    names = ("clear", "source_tokens", "target_tokens")
     if not isinstance(record, dict) or any(not isinstance(record.get(name), list) for name in names):
         return None
-    source, output, target = (record[name] for name in names)
-    if not len(source) == len(output) == len(target):
-        lengths = ", ".join(f"{name} {len(record[name])}" for name in names)
-        raise ValueError(f"{path}: the token lists differ in length ({lengths}); expected one token a position.")
-    predicted = np.array([token == CLEAR_TOKEN for token in output], bool)
-    return clear_metrics(predicted, np.array([a == b for a, b in zip(source, target)], bool))
+    try:
+        clear, source, target = (np.array(record[name], int).ravel() for name in names)
+        return clear_metrics(clear == 1, source == target)
+    except (TypeError, ValueError) as error:  # ragged, not numbers, or of different lengths
+        raise ValueError(f"{path}: {', '.join(names)} do not fit together ({error}).") from error
 
 
 def _summarise(pictures: list[dict]) -> dict:

@@ -9,8 +9,13 @@ import datasets
 import evaluate
 import numpy as np
 
-from ..images import MASK_THRESHOLD
-from .metrics import aggregate_clear_metrics, aggregate_image_metrics, clear_metrics, image_metrics
+from thinkclearly.evaluation.metrics import (
+    aggregate_clear_metrics,
+    aggregate_image_metrics,
+    clear_metrics,
+    image_metrics,
+)
+from thinkclearly.images import MASK_THRESHOLD
 
 _GIE_BENCH = "https://github.com/apple/ml-gie-bench"
 _WANG = """@article{wang2004ssim,

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .curves import training_curves
-from .metrics import image_metrics
-from .pictures import HEAT_COLOURS, heat_map, mask_image, red_overlay
-from .tables import format_number, tables
+from thinkclearly.evaluation.curves import training_curves
+from thinkclearly.evaluation.metrics import image_metrics
+from thinkclearly.evaluation.pictures import HEAT_COLOURS, heat_map, mask_image, red_overlay
+from thinkclearly.evaluation.tables import format_number, tables
 
 THUMBNAIL = 512  # pixels; larger pictures are shrunk to this for the report
 

@@ -5,6 +5,7 @@ have: the image tokenizer stays in float32 whatever the dtype (its ids depend on
 (native encoding does not normalise them, DeepSeek's does), and no weight is ever left random.
 """
 
+import copy
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
@@ -152,15 +154,16 @@ def export_deepseek(
             "(`merge_and_unload`)."
         )
     state = model.state_dict()
+    with torch.device("meta"):
+        plain = JanusForConditionalGeneration(copy.deepcopy(model.config)).state_dict()
+    if getattr(model, "is_quantized", False) or state.keys() != plain.keys():
+        raise ValueError(
+            "The model is quantised or has adapters in it, which DeepSeek's layout cannot hold (other than plain: "
+            f"{', '.join(sorted(state.keys() ^ plain.keys())[:3]) or 'dtypes'}). Load it unquantised, merge the adapters."
+        )
     groups: dict[str, list[str]] = {}
     for key in state:
         groups.setdefault(deepseek.deepseek_key(key), []).append(key)
-    if getattr(model, "is_quantized", False) or None in groups:
-        raise ValueError(
-            "The model is quantised or has adapters in it, which DeepSeek's layout cannot hold"
-            + (f" (for example {groups[None][0]!r})" if None in groups else "")
-            + ". Load it unquantised and merge the adapters first."
-        )
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not an empty folder; give another one or remove it.")
@@ -213,11 +216,21 @@ def _folder(name_or_path, patterns, revision=None, token=None) -> Path:
         return path
     if path.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1:
         raise FileNotFoundError(f"{name_or_path} is not a folder; expected a folder or a Hub id such as 'owner/name'.")
-    return Path(
-        snapshot_download(
-            str(name_or_path), revision=revision, token=token, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+    try:
+        return Path(
+            snapshot_download(
+                str(name_or_path),
+                revision=revision,
+                token=token,
+                allow_patterns=list(patterns),
+                ignore_patterns=["*/*"],
+            )
         )
-    )
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{name_or_path} is neither a folder nor a Hub repository that can be read now; check the name, the token "
+            "and the connection."
+        ) from error
 
 
 def _read_json(path: Path) -> dict:

@@ -122,7 +122,9 @@ class ClearEditModel(nn.Module):
         """Writes the adapter (or the whole model where there is none), the CLEAR head and its configuration."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.janus.save_pretrained(directory)
+        # Without the flag PEFT asks the Hub whether the base's vocabulary has grown.
+        quiet = {"save_embedding_layers": False} if isinstance(self.janus, PeftModel) else {}
+        self.janus.save_pretrained(directory, **quiet)
         tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.clear_head.state_dict().items()}
         save_file(tensors, directory / (HEAD_FILE + ".tmp"), metadata={"format": "pt"})
         os.replace(directory / (HEAD_FILE + ".tmp"), directory / HEAD_FILE)

@@ -83,6 +83,7 @@ class ClearEditTrainer(Trainer):
         processor: saved beside every checkpoint.
         clear_weight: class weight of instruction tokens; callbacks may move it.
         data_collator: with condition dropout; evaluation uses the same without dropout.
+        clear_head_lr: learning rate of the CLEAR linear; the Trainer's `learning_rate` where not given.
         kwargs: the Trainer's own.
     """
 
@@ -94,8 +95,10 @@ class ClearEditTrainer(Trainer):
         processor: ClearEditProcessor,
         clear_weight: float,
         data_collator: EditCollator,
+        clear_head_lr: float | None = None,
         **kwargs,
     ):
+        self.clear_head_lr = clear_head_lr
         super().__init__(model=model, data_collator=data_collator, **kwargs)
         self.processor = processor
         self.clear_weight = clear_weight
@@ -108,6 +111,16 @@ class ClearEditTrainer(Trainer):
         weights = [class_weights(b["labels"], self.codebook_size, self.clear_weight).sum() for b in batch_samples]
         total = torch.stack(weights).sum().to(device) if weights else torch.zeros((), device=device)
         return self.accelerator.gather(total).sum()
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.clear_head_lr is not None:
+            head = list(self.accelerator.unwrap_model(self.model).clear_head.parameters())
+            ids = {id(p) for p in head}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in ids]
+            optimizer.add_param_group({"params": head, "lr": self.clear_head_lr, "weight_decay": 0.0})
+        return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits = model(**inputs)

@@ -1,0 +1,6 @@
+"""`python scripts/prepare.py`: the same job as `thinkclearly prepare`."""
+
+from thinkclearly.cli import prepare, start
+
+if __name__ == "__main__":
+    start(prepare)

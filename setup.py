@@ -1,0 +1,44 @@
+"""Package metadata; exact versions for a repeatable set-up are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="thinkclearly",
+    version="0.1.0",
+    description="Image editing with instruction tokens: what nobody asked to change stays the source, byte for byte",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["thinkclearly", "thinkclearly.*"]),
+    package_data={"thinkclearly": ["tiny_janus/*"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "accelerate>=1.10",
+        "datasets>=4.4",
+        "evaluate>=0.4.5",
+        "huggingface_hub>=1.0",
+        "matplotlib>=3.9",
+        "numpy>=1.26",
+        "peft>=0.18",
+        "pillow>=11.3",
+        "pyyaml>=6.0",
+        "safetensors>=0.6",
+        "scikit-image>=0.24",
+        "scikit-learn>=1.5",
+        "scipy>=1.13",
+        "torch>=2.6",
+        "torchmetrics>=1.7",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.14"],
+        "quantized": ["bitsandbytes>=0.48; sys_platform == 'linux'"],
+        "tensorboard": ["tensorboard>=2.17"],
+        # DeepSeek's own package, for people who run their code on our exports. The PyPI project "janus" is a queue.
+        "janus": ["janus @ git+https://github.com/deepseek-ai/Janus.git"],
+    },
+    entry_points={"console_scripts": ["thinkclearly = thinkclearly.cli:main"]},
+)

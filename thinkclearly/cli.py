@@ -1,0 +1,262 @@
+"""`thinkclearly JOB [recipe.yaml] --key value …`: one function per job, shared by the command and by scripts/*.py."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from thinkclearly import jobs
+from thinkclearly.config import (
+    ClearArguments,
+    ClearTrainingArguments,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    RecipeParser,
+    option,
+)
+from thinkclearly.data.inspect import inspect_dataset
+from thinkclearly.data.jsonl import write_jsonl
+from thinkclearly.data.sources import read_example, write_folder
+from thinkclearly.editing.editor import Editor
+from thinkclearly.evaluation.folder import evaluate_folder
+from thinkclearly.models.checkpoint import export_deepseek
+from thinkclearly.training.adapters import load_base, load_clear_model
+
+logger = logging.getLogger("thinkclearly")
+
+
+@dataclass
+class LoadArguments:
+    """The model that answers."""
+
+    model: str = option("outputs/clear", "Fine-tune (folder or Hub id), ours or the original's directory format.")
+    base: str | None = option(None, "Base model to use instead of the one that the fine-tune names.")
+    dtype: str = option("float32", "float32, bfloat16 or float16.")
+    device: str | None = option(None, "cpu, cuda, cuda:1, mps; the best there is if not given.")
+
+
+@dataclass
+class EditArguments(LoadArguments):
+    """One picture, edited."""
+
+    image: str = field(default="", metadata={"help": "Picture to edit, any size.", "required": True})
+    instruction: str = field(default="", metadata={"help": "What to change.", "required": True})
+    output_dir: str = option("outputs/edit", "Where the pictures and result.json go.")
+    num_images: int = option(1, "Samples.")
+    seed: int = option(0, "Keys all noise: the same seed gives the same picture.")
+    trace: bool = option(False, "Write token_trace.jsonl, one line a position.")
+
+
+@dataclass
+class GenerateArguments(LoadArguments):
+    """Pictures from words."""
+
+    prompt: str = field(default="", metadata={"help": "What to draw.", "required": True})
+    output_dir: str = option("outputs/generate", "Where 0000.png, 0001.png, … go.")
+    num_images: int = option(1, "Samples.")
+    seed: int = option(0, "Keys all noise.")
+
+
+@dataclass
+class DescribeArguments(LoadArguments):
+    """Words about a picture."""
+
+    image: str = field(default="", metadata={"help": "Picture to look at.", "required": True})
+    question: str = option("What is in the picture?", "Question about it.")
+    num_answers: int = option(1, "Samples.")
+    max_new_tokens: int = option(128, "Length limit of an answer, tokens.")
+    temperature: float = option(0.0, "0 answers greedily.")
+    top_k: int = option(0, "Sample from the k best words; 0 for all.")
+    top_p: float = option(1.0, "Sample from the smallest set of words with this probability mass.")
+    seed: int = option(0, "Seed of the sampling.")
+
+
+@dataclass
+class PrepareArguments:
+    """What else preparation writes."""
+
+    output_dir: str = option("outputs/data", "Where statistics, plots and the sheet of examples go.")
+    jsonl: str | None = option(None, "Also write the training records as JSONL with '<CLEAR>' words to this file.")
+    export_folder: str | None = option(None, "Also write the photo pairs as sample_XXXX folders.")
+
+
+@dataclass
+class ConvertArguments:
+    """Between DeepSeek's file layout and transformers' own."""
+
+    model: str = field(default="", metadata={"help": "Folder or Hub id, either layout.", "required": True})
+    output_dir: str = field(default="", metadata={"help": "Folder to write.", "required": True})
+    to: str = option("native", "native (transformers) or deepseek.")
+    dtype: str = option("bfloat16", "float32, bfloat16 or float16.")
+
+
+def prepare(argv: list[str] | None = None) -> None:
+    """Tokenize and label photo pairs; statistics, plots and a look at examples."""
+    parser = RecipeParser([ModelArguments, DataArguments, PrepareArguments], prog="thinkclearly prepare")
+    model, data, output = parser.parse(argv)
+    backbone = jobs.build_backbone(model)
+    if output.export_folder:
+        rows, _ = jobs.read_rows(data)
+        count = write_folder((read_example(row) for row in rows), output.export_folder)
+        logger.info("%d samples in %s", count, output.export_folder)
+    prepared = jobs.build_data(data, backbone)
+    if output.jsonl:
+        write_jsonl(prepared.train, output.jsonl, backbone.model.config.vq_config.num_embeddings)
+    inspect_dataset(prepared.train, backbone, output.output_dir)
+
+
+def train(argv: list[str] | None = None) -> None:
+    """Fine-tune with CLEAR: prepare, train (going on from the last checkpoint), evaluate, save."""
+    parser = RecipeParser(
+        [ModelArguments, LoraArguments, DataArguments, ClearArguments, ClearTrainingArguments, jobs.SettingOverrides],
+        prog="thinkclearly train",
+    )
+    jobs.train(*parser.parse(argv))
+
+
+def edit(argv: list[str] | None = None) -> None:
+    """Edit a picture of any size by an instruction; CLEAR patches stay byte-identical."""
+    arguments, overrides = RecipeParser([EditArguments, jobs.SettingOverrides], prog="thinkclearly edit").parse(argv)
+    editor = _load(arguments, load_clear_model)
+    with _Bar("decode") as bar:
+        results = editor.edit(
+            arguments.image,
+            arguments.instruction,
+            num_images=arguments.num_images,
+            seed=arguments.seed,
+            progress=bar,
+            **jobs.given(overrides),
+        )
+    for k, result in enumerate(results if arguments.num_images > 1 else [results]):
+        directory = Path(arguments.output_dir) / (f"{k:04d}" if arguments.num_images > 1 else "")
+        result.save(directory, trace=arguments.trace)
+        logger.info("%s: %.0f%% of the patches are the source, byte for byte", directory, 100 * result.clear_fraction)
+
+
+def generate(argv: list[str] | None = None) -> None:
+    """Draw pictures from words."""
+    parser = RecipeParser([GenerateArguments, jobs.SettingOverrides], prog="thinkclearly generate")
+    arguments, overrides = parser.parse(argv)
+    editor = _load(arguments, _load_any)
+    with _Bar("decode") as bar:
+        pictures = editor.generate(
+            arguments.prompt,
+            num_images=arguments.num_images,
+            seed=arguments.seed,
+            progress=bar,
+            **jobs.given(overrides),
+        )
+    directory = Path(arguments.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    for k, picture in enumerate(pictures):
+        picture.save(directory / f"{k:04d}.png")
+    logger.info("%d pictures in %s", len(pictures), directory)
+
+
+def describe(argv: list[str] | None = None) -> None:
+    """Answer a question about a picture."""
+    (arguments,) = RecipeParser(DescribeArguments, prog="thinkclearly describe").parse(argv)
+    names = ("num_answers", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    options = {name: getattr(arguments, name) for name in names}
+    for answer in _load(arguments, _load_any).describe(arguments.image, arguments.question, **options):
+        sys.stdout.write(answer + "\n")
+
+
+def evaluate(argv: list[str] | None = None) -> None:
+    """Measure saved edits: `thinkclearly evaluate DIR`, one result folder or a folder of them."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if len(argv) != 1 or argv[0].startswith("-"):
+        sys.stdout.write("usage: thinkclearly evaluate DIR\n\n" + evaluate_folder.__doc__ + "\n")
+        raise SystemExit(0 if argv in (["-h"], ["--help"]) else 2)
+    evaluate_folder(argv[0])
+
+
+def convert(argv: list[str] | None = None) -> None:
+    """Rewrite a checkpoint in the other layout: DeepSeek's or transformers'."""
+    (arguments,) = RecipeParser(ConvertArguments, prog="thinkclearly convert").parse(argv)
+    import torch
+
+    from thinkclearly.models.backbone import load_backbone
+
+    backbone = load_backbone(arguments.model, dtype=getattr(torch, arguments.dtype))
+    if arguments.to == "deepseek":
+        export_deepseek(backbone.model, arguments.output_dir)
+    else:
+        backbone.model.save_pretrained(arguments.output_dir)
+    backbone.processor.save_pretrained(arguments.output_dir)
+
+
+def demo(argv: list[str] | None = None) -> None:
+    """Everything at once on the tiny model: data, fine-tune, edits, report."""
+    from thinkclearly.demo import main
+
+    main(argv)
+
+
+JOBS = {job.__name__: job for job in (prepare, train, edit, generate, describe, evaluate, convert, demo)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the `thinkclearly` command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in JOBS:
+        lines = [f"  {name:10}{job.__doc__.splitlines()[0]}" for name, job in JOBS.items()]
+        sys.stdout.write("usage: thinkclearly JOB [recipe.yaml] [--key value …]\n\n" + "\n".join(lines) + "\n")
+        sys.stdout.write("\nthinkclearly JOB --help lists a job's options.\n")
+        raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
+    start(JOBS[argv[0]], argv[1:])
+
+
+def start(job, argv: list[str] | None = None) -> None:
+    """Runs a job with logging set up; what a user can mend is a message and exit status 1, not a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in ("httpx", "httpx2", "datasets", "filelock"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_warning()
+    try:
+        job(argv)
+    except (OSError, ValueError) as error:
+        logger.debug("", exc_info=True)
+        logger.error("%s: %s", type(error).__name__, error)
+        raise SystemExit(1) from error
+
+
+def _load(arguments: LoadArguments, load) -> Editor:
+    import torch
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"dtype": getattr(torch, arguments.dtype), "device": device}
+    if arguments.base:
+        options["base"] = arguments.base
+    return Editor(*load(arguments.model, **options))
+
+
+def _load_any(name_or_path: str, **options):
+    """A fine-tune where there is a CLEAR head, else a base model."""
+    try:
+        return load_clear_model(name_or_path, **options)
+    except FileNotFoundError:
+        return load_base(name_or_path, **options)
+
+
+class _Bar:
+    """A progress bar with the editor's callback signature."""
+
+    def __init__(self, title: str):
+        self.bar = tqdm(desc=title, unit="token")
+
+    def __call__(self, done: int, total: int) -> None:
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()

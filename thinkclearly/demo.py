@@ -1,0 +1,139 @@
+"""The whole job on the tiny model, with a report to look at: data, fine-tune, held-out edits, real photographs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from thinkclearly import jobs
+from thinkclearly.config import (
+    ClearArguments,
+    ClearTrainingArguments,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    RecipeParser,
+    option,
+)
+from thinkclearly.data.shapes import Background, Scene, edit_scene, packaged_photos, random_scene
+from thinkclearly.data.sources import EditExample
+from thinkclearly.editing.editor import Editor
+from thinkclearly.evaluation.edits import evaluate_edits
+from thinkclearly.evaluation.report import write_report
+from thinkclearly.images import load_image
+from thinkclearly.training.adapters import load_clear_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DemoArguments:
+    """What the demo does besides training."""
+
+    demo_edits: int = option(120, "Held-out edits that are measured.")
+    demo_photo_edits: int = option(4, "Edits of whole photographs at their own size.")
+    demo_batch_size: int = option(20, "Pictures that are edited at once.")
+
+
+def photo_edits(count: int, seed: int = 7):
+    """Edits on whole held-out photographs at their own size: (ShapeEdit, EditExample) pairs."""
+    pairs = []
+    photos = packaged_photos("test")
+    operations = ("recolour", "remove", "add", "replace", "move")
+    for i in range(count):
+        rng = np.random.default_rng((seed, i))
+        photo = photos[i % len(photos)]
+        scene = replace(random_scene(rng, [], shapes=2), background=Background(photo=photo))
+        edit = edit_scene(Scene(scene.background, scene.shapes), operations[i % len(operations)], rng)
+        width, height = load_image(photo).size
+        source, target, mask = edit.render(width, height)
+        pairs.append((edit, EditExample(source, target, edit.instruction, mask, key=f"photo {i}")))
+    return pairs
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = RecipeParser(
+        [
+            ModelArguments,
+            LoraArguments,
+            DataArguments,
+            ClearArguments,
+            ClearTrainingArguments,
+            jobs.SettingOverrides,
+            DemoArguments,
+        ],
+        prog="thinkclearly demo",
+    )
+    model, lora, data, clear, training, overrides, demo = parser.parse(argv)
+    output = Path(training.output_dir)
+    training.output_dir = str(output / "checkpoint")
+    data.prepared_dir = str(output / "prepared")
+    seconds = {}
+    started = time.perf_counter()
+    trainer = jobs.train(model, lora, data, clear, training, overrides)
+    seconds["prepare and train"] = time.perf_counter() - started
+
+    # What is measured is what was saved, read back as a user would.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    editor = Editor(*load_clear_model(training.output_dir, device=device))
+    started = time.perf_counter()
+    rows = jobs.sources.shapes(demo.demo_edits, size=data.shapes_size, seed=data.split_seed + 1, split="test")
+    held_out = jobs.evaluate_rows(editor, rows, data, demo.demo_batch_size)
+    photos = photo_edits(demo.demo_photo_edits)
+    judges = {example.key: edit for edit, example in photos}
+    at_full_size = evaluate_edits(
+        editor,
+        (example for _, example in photos),
+        judge=lambda key, picture: judges[key].is_done(picture),
+        pixel_tolerance=data.pixel_tolerance,
+        batch_size=demo.demo_batch_size,
+    )
+    seconds["edit and measure"] = time.perf_counter() - started
+
+    metrics = {
+        "held_out": {"edits": demo.demo_edits, "pictures": held_out.pictures, "clear": held_out.clear, "done": held_out.done},
+        "photographs": {"pictures": at_full_size.pictures, "clear": at_full_size.clear, "done": at_full_size.done},
+        "seconds": seconds,
+        "machine": jobs.machine(),
+    }
+    jobs.write_json(output / "metrics.json", metrics)
+    for name, evaluation in (("edits", held_out), ("photographs", at_full_size)):
+        for number, result in enumerate(evaluation.results):
+            result.save(output / name / f"{number:04d}")
+    write_report(
+        output,
+        at_full_size.reports + held_out.reports,
+        {
+            f"{demo.demo_edits} held-out edits": held_out.pictures,
+            "CLEAR against pixel labels and true masks": held_out.clear,
+            "Whole photographs": at_full_size.pictures,
+        },
+        trainer.state.log_history,
+        "ThinkClearly demo",
+        notes=_notes(held_out, seconds),
+    )
+    logger.info("%s", summary(held_out))
+    logger.info("%s: open report.html", output)
+
+
+def summary(evaluation) -> str:
+    """The numbers that matter, in words."""
+    pictures, clear = evaluation.pictures, evaluation.clear
+    gain = pictures["pixel_composite"]["psnr_pooled_outside"] - pictures["raw"]["psnr_pooled_outside"]
+    return (
+        f"CLEAR F1 {clear['labels']['f1']:.3f}, IoU of the edit with the true mask {clear['mask']['edit_iou']:.3f}; "
+        f"edit done: composite {evaluation.done['pixel_composite']:.0%}, raw {evaluation.done['raw']:.0%}; "
+        f"outside the true mask the composite is {gain:.1f} dB above the raw decode and "
+        f"{pictures['pixel_composite']['exact_outside']:.1%} of its pixels are the source's, byte for byte"
+    )
+
+
+def _notes(evaluation, seconds: dict) -> dict[str, str]:
+    times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    done = ", ".join(f"{name} {share:.0%}" for name, share in evaluation.done.items())
+    return {"In short": summary(evaluation), "Edits done": done, "Machine": jobs.machine(), "Time": times}

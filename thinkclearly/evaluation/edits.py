@@ -1,0 +1,160 @@
+"""Runs an editor over held-out edits and says how well it did: pictures, CLEAR masks, and whether the edit was done.
+
+Takes anything with `edit_many` and a processor; knows nothing of recipes or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from thinkclearly.data.sources import EditExample
+from thinkclearly.editing.composite import composite
+from thinkclearly.evaluation.metrics import aggregate_clear_metrics, aggregate_image_metrics, clear_metrics, image_metrics
+from thinkclearly.images import Letterbox, patch_difference
+
+
+@dataclass
+class Evaluation:
+    """Metrics of a set of edits.
+
+    Attributes:
+        pictures: row (raw, token_composite, …) → aggregated `image_metrics`; `_outside` is against the source,
+            `_inside` against the target, plain numbers against the source.
+        clear: "labels" and, with masks, "mask" → aggregated `clear_metrics` of the model's own decisions.
+        done: row → share of edits that were done, where a judge was given.
+        reports: one dict an edit for `write_report`, of the first `keep` edits.
+        results: the `EditResult`s of the same edits.
+    """
+
+    pictures: dict[str, dict]
+    clear: dict[str, dict]
+    done: dict[str, float]
+    reports: list[dict]
+    results: list
+
+
+def evaluate_edits(
+    editor,
+    examples: Iterable[EditExample],
+    *,
+    judge: Callable[[str, Image.Image], bool] | None = None,
+    pixel_tolerance: int = 16,
+    batch_size: int = 16,
+    seed: int = 0,
+    keep: int = 24,
+    total: int | None = None,
+) -> Evaluation:
+    """Edits every example's source and compares with source, target and mask.
+
+    Rows: `raw`, `token_composite`, `pixel_composite`, `copy_matching_tokens` (the raw codes, pixels copied where they
+    equal the source's: no CLEAR needed), `input_decoded`, `copy_source` (edits nothing).
+
+    Args:
+        examples: with targets; inside and outside need masks.
+        judge: (key, picture) → whether the asked edit is done.
+        pixel_tolerance: where source and target differ by no more, of 255, the true label is CLEAR.
+        keep: edits that go into the report.
+    """
+    images: dict[str, list[dict]] = {}
+    clears: dict[str, list[dict]] = {"labels": []}
+    done: dict[str, list[bool]] = {}
+    reports: list[dict] = []
+    kept: list = []
+    with tqdm(total=total, desc="edit", unit="picture") as bar:
+        for batch in _batches(examples, batch_size):
+            results = editor.edit_many([e.source for e in batch], [e.instruction for e in batch], seed=seed)
+            matched = _copy_matching_tokens(editor, results)
+            for example, result, copied in zip(batch, results, matched):
+                rows = {
+                    "raw": result.raw,
+                    "token_composite": result.token_composite,
+                    "pixel_composite": result.image,
+                    "copy_matching_tokens": copied,
+                    "input_decoded": result.input_decoded,
+                    "copy_source": example.source,
+                }
+                mask = None if example.mask is None else np.asarray(example.mask) > 127
+                for name, picture in rows.items():
+                    images.setdefault(name, []).append(_compare(picture, example, mask))
+                    if judge is not None:
+                        done.setdefault(name, []).append(judge(example.key, picture))
+                chosen = editor.model.vocabulary.is_instruction(result.ids).numpy()
+                clears["labels"].append(clear_metrics(chosen, _unchanged(example, editor, pixel_tolerance)))
+                if mask is not None:
+                    box = Letterbox(*example.source.size, editor.processor.image_size)
+                    touched = box.fit_mask(example.mask, editor.processor.grid).ravel()
+                    clears.setdefault("mask", []).append(clear_metrics(chosen, ~touched))
+                if len(reports) < keep:
+                    kept.append(result)
+                    reports.append(_report(example, result, None if judge is None else done["pixel_composite"][-1]))
+            bar.update(len(batch))
+    return Evaluation(
+        {name: aggregate_image_metrics(rows) for name, rows in images.items()},
+        {name: aggregate_clear_metrics(rows) for name, rows in clears.items()},
+        {name: float(np.mean(values)) for name, values in done.items()},
+        reports,
+        kept,
+    )
+
+
+def _batches(examples: Iterable[EditExample], size: int):
+    batch = []
+    for example in examples:
+        batch.append(example)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _compare(picture: Image.Image, example: EditExample, mask: np.ndarray | None) -> dict:
+    """Against the source, but inside the mask against the target."""
+    row = image_metrics(picture, example.source, mask)
+    if mask is not None and example.target.size == example.source.size:
+        inside = image_metrics(picture, example.target, mask)
+        row.update({key: value for key, value in inside.items() if key.endswith("_inside")})
+    return row
+
+
+def _unchanged(example: EditExample, editor, tolerance: int) -> np.ndarray:
+    """True CLEAR positions by pixels, bool (N,): as `data.prepare` labels them."""
+    processor = editor.processor
+    source, target = (Letterbox(*p.size, processor.image_size).fit(p) for p in (example.source, example.target))
+    return patch_difference(source, target, processor.grid).ravel() <= tolerance
+
+
+def _copy_matching_tokens(editor, results) -> list[Image.Image]:
+    """What needs no CLEAR: the raw picture with source pixels wherever the raw code equals the source's."""
+    grid = editor.processor.grid
+    return [
+        composite(
+            r.source,
+            r.raw,
+            (r.codes == r.source_tokens).view(grid, grid).numpy(),
+            Letterbox(*r.source.size, editor.processor.image_size),
+            editor.settings.feather_radius_px,
+        )
+        for r in results
+    ]
+
+
+def _report(example: EditExample, result, done: bool | None) -> dict:
+    note = f"{result.clear_fraction:.0%} CLEAR"
+    if done is not None:
+        note += ", edit done" if done else ", edit not done"
+    edited = ~(np.asarray(result.mask) > 127)
+    return {
+        "source": result.source,
+        "instruction": example.instruction,
+        "raw": result.raw,
+        "composite": result.image,
+        "mask": edited,
+        "target": example.target,
+        "note": note,
+    }
