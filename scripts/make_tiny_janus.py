@@ -296,7 +296,7 @@ def train_lm(args):
                 f"changed {full[~same].mean():.3f} part {part:.3f} ({same.float().mean():.2f} same) {time.time() - started:.0f}s",
                 flush=True,
             )
-        if (step + 1) % 500 == 0 or step + 1 == args.lm_steps:
+        if (step + 1) % 250 == 0 or step + 1 == args.lm_steps:
             save(model, processor, out / "model")
 
 

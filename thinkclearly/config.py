@@ -6,10 +6,16 @@ The dataclasses are the only place where a default lives.
 from __future__ import annotations
 
 import difflib
+import math
 import sys
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -30,10 +36,16 @@ def option(default, text: str):
 class ModelArguments:
     """The model to start from."""
 
-    base_model: str = option("tiny", "Folder or Hub id of a Janus model, native or DeepSeek format; 'tiny' ships along.")
+    base_model: str = option(
+        "tiny", "Folder or Hub id of a Janus model, native or DeepSeek format; 'tiny' ships along."
+    )
     model_revision: str | None = option(None, "Branch, tag or commit of the base model on the Hub.")
-    dtype: str = option("float32", "Type of the base model's weights: float32, bfloat16 or float16. The VQ stays float32.")
-    attn_implementation: str | None = option(None, "eager, sdpa or flash_attention_2; transformers' choice if not given.")
+    dtype: str = option(
+        "float32", "Type of the base model's weights: float32, bfloat16 or float16. The VQ stays float32."
+    )
+    attn_implementation: str | None = option(
+        None, "eager, sdpa or flash_attention_2; transformers' choice if not given."
+    )
     load_in_4bit: bool = option(False, "Load the frozen base in 4 bits (bitsandbytes, GPU): QLoRA.")
 
     def __post_init__(self):
@@ -66,7 +78,9 @@ class DataArguments:
     turn_index: int | None = option(None, "MagicBrush: keep this turn only.")
     streaming: bool = option(False, "MagicBrush: read the data set as a stream, without downloading it whole.")
     shapes_size: int = option(64, "shapes: side of the rendered pictures, pixels.")
-    photos_folder: str | None = option(None, "shapes: draw on the photographs of this folder instead of the packaged ones.")
+    photos_folder: str | None = option(
+        None, "shapes: draw on the photographs of this folder instead of the packaged ones."
+    )
     eval_samples: int = option(50, "Records held out for evaluation.")
     clear_label: str = option("pixels", "Where CLEAR is the label: equal tokens, pixels, or outside the human mask.")
     pixel_tolerance: int = option(16, "clear_label=pixels: largest difference of an unchanged patch, of 255.")
@@ -96,7 +110,7 @@ class ClearArguments:
     sample_edits: int = option(4, "Held-out pictures that are edited and saved at each evaluation; 0 for none.")
 
     def __post_init__(self):
-        if self.clear_weight <= 0:
+        if not 0 < self.clear_weight < math.inf:
             raise ValueError(f"clear_weight={self.clear_weight}; expected a positive number, 1 for no re-weighting")
         for name in ("drop_all", "drop_source"):
             if not 0 <= getattr(self, name) <= 1:
@@ -124,13 +138,23 @@ class ClearTrainingArguments(TrainingArguments):
     label_names: list[str] | None = option(["labels"], "Column of the labels.")
     report_to: list[str] | str | None = option("none", "tensorboard, trackio, wandb, or none.")
 
+    def __post_init__(self):
+        # A recipe written for a GPU runs where there is none, too.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
 
 class RecipeParser(HfArgumentParser):
     """Command lines of the form `[recipe.yaml] --key value …` into dataclasses.
 
     The recipe's values become argparse defaults, so they are cast like flags and flags override them. A key that no
-    dataclass has is an error that names the nearest one.
+    dataclass has is an error that names the nearest one; so is a value of another kind than the field's.
     """
+
+    def __init__(self, *args, **kwargs):
+        # No abbreviations: `--lora` for `--lora_r` would hide a slip.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
 
     def parse(self, argv: list[str] | None = None) -> tuple:
         argv = list(sys.argv[1:] if argv is None else argv)
@@ -145,39 +169,63 @@ class RecipeParser(HfArgumentParser):
             return tuple(
                 kind(**{name: getattr(namespace, name) for name in _init_names(kind)}) for kind in self.dataclass_types
             )
-        except ValueError as error:
-            self.error(str(error))
+        except Exception as error:  # TrainingArguments raises what its many parts raise
+            self.error(f"{error or type(error).__name__}")
+
+    def error(self, message: str):
+        """The message alone: the usage of a few hundred options would push it off the screen."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def _read(self, recipe: str) -> dict:
         try:
             content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
         except OSError as error:
             self.error(f"cannot read the recipe {recipe}: {error.strerror}")
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except Exception as error:  # besides YAMLError PyYAML lets ValueError, KeyError, RecursionError, … through
             self.error(f"{recipe} is not valid YAML: {error}")
         if not isinstance(content, dict):
             self.error(f"{recipe}: expected `key: value` lines, found {type(content).__name__}")
-        for key, value in content.items():
+        for key in content:
             if key not in self._names():
                 self.error(self._suggest(str(key), f"{recipe}: unknown key {key!r}"))
-            if isinstance(value, dict):
-                content[key] = yaml.safe_dump(value)
         for action in self._actions:
-            action.required = action.required and action.dest not in content
-            value = content.get(action.dest)
-            if action.nargs in ("+", "*") and value is not None and not isinstance(value, list):
-                content[action.dest] = [value]
-            elif isinstance(value, (int, float)) and not isinstance(value, bool) and action.type is not None:
-                content[action.dest] = str(value)
-            elif isinstance(value, list) and action.nargs not in ("+", "*"):
-                self.error(f"{recipe}: {action.dest} is a list; expected one value")
+            if action.dest in content:
+                action.required = False
+                content[action.dest] = self._value(action, content[action.dest], f"{recipe}: {action.dest}")
         return content
+
+    def _value(self, action, value, where: str):
+        """A YAML value as the default that argparse casts (a string) or keeps (everything else)."""
+        hint = self.hints[action.dest]
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        kinds = {get_origin(kind) or kind for kind in kinds}
+        if type(value) in kinds & {bool, dict, NoneType}:
+            return value
+        if isinstance(value, bool) and bool not in kinds:
+            self.error(f"{where} is {value}; expected a word or number. YAML reads yes, no, on and off so: quote them")
+        if list in kinds and (isinstance(value, list) or action.nargs == "+"):
+            values = value if isinstance(value, list) else [value]
+            if not all(type(item) in (str, int, float) for item in values):
+                self.error(f"{where} is {value!r}; expected a list of words or numbers")
+            return [self._cast(action, str(item), where) for item in values]
+        if not isinstance(value, (str, int, float, date)):
+            self.error(f"{where} is {value!r}; expected one value" if value is not None else f"{where} has no value")
+        return self._cast(action, str(value), where)
+
+    def _cast(self, action, text: str, where: str):
+        try:
+            value = text if action.type is None else action.type(text)
+        except (ValueError, ArgumentTypeError):
+            self.error(f"{where} is {text!r}; expected {getattr(action.type, '__name__', action.type)}")
+        if action.choices is not None and value not in action.choices:
+            self.error(f"{where} is {text!r}; choose from {', '.join(map(str, action.choices))}")
+        return value
 
     def _names(self) -> list[str]:
         return [action.dest for action in self._actions if action.dest != "help"]
 
     def _suggest(self, name: str, message: str) -> str:
-        near = difflib.get_close_matches(name, self._names(), n=1)
+        near = difflib.get_close_matches(name.replace("-", "_"), self._names(), n=1)
         return message + (f"; did you mean {near[0]!r}?" if near else "; see --help for the valid names")
 
 

@@ -62,13 +62,19 @@ class EditCollator:
         batch = dict(vars(prompt))
         batch["source_tokens"] = source_tokens
         batch["labels"] = torch.where(dropped[:, None], plain, labels)
-        if all(row.get("source") is not None for row in rows):
+        missing = [row["key"] for row in rows if row.get("source") is None]
+        if missing and len(missing) < len(rows):
+            raise BadRecord(
+                f"{', '.join(missing)}: no source picture, while other records have one. Leave these records out, or "
+                "remove the column 'source' to train on pictures decoded from the codes."
+            )
+        if not missing:
             batch["pixel_values"] = self.processor.pixel_values([self._square(row) for row in rows])
         return batch
 
     def _square(self, row: dict):
         try:
-            picture = load_image(row["source"])
+            picture = load_image(row["source"], f"{row['key']}: source")
         except ImageError as error:
-            raise BadRecord(f"record {row['key']}: {error}") from error
+            raise BadRecord(str(error)) from error
         return Letterbox(*picture.size, self.processor.image_size).fit(picture)

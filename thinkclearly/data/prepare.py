@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset, Features, Image, Sequence, Value
+from datasets import Dataset, Features, Image, List, Value
 from tqdm.auto import tqdm
 
 from thinkclearly.data.sources import BadRecord, read_example
@@ -28,17 +29,17 @@ from thinkclearly.models.backbone import Backbone, codebook_hash, encode_tokens
 
 logger = logging.getLogger(__name__)
 
-SHARD_SIZE = 1024  # pictures pairs per shard; fixed, so that any number of processes gives the same batches
+SHARD_SIZE = 1024  # pairs per shard; fixed, so that any number of processes gives the same batches
 INFO_FILE = "preparation.json"
 LABEL_RULES = ("tokens", "pixels", "mask")
 ENCODED = Features(
     {
         "key": Value("string"),
         "instruction": Value("string"),
-        "input_tokens": Sequence(Value("int32")),
-        "target_tokens": Sequence(Value("int32")),
-        "pixel_difference": Sequence(Value("uint8")),
-        "mask_tokens": Sequence(Value("bool")),
+        "input_tokens": List(Value("int32")),
+        "target_tokens": List(Value("int32")),
+        "pixel_difference": List(Value("uint8")),
+        "mask_tokens": List(Value("bool")),
         "source": Image(decode=False),
     }
 )
@@ -95,43 +96,50 @@ def prepare_dataset(
     if on_bad_record not in ("error", "skip"):
         raise ValueError(f"on_bad_record={on_bad_record!r}; choose 'error' or 'skip'")
     info = _describe(backbone)
-    folder = Path(directory) / _fingerprint(rows, info)
+    folder = Path(directory) / _fingerprint(rows, backbone, info)
     folder.mkdir(parents=True, exist_ok=True)
     state = PartialState()
     count = max(1, -(-len(rows) // SHARD_SIZE))
-    mine = range(state.process_index, count, state.num_processes)
-    with tqdm(total=len(rows), desc="tokenize", unit="pair", disable=not state.is_main_process) as bar:
-        for index in mine:
-            size = min(SHARD_SIZE, len(rows) - index * SHARD_SIZE)
-            shard = rows.select(range(index * SHARD_SIZE, index * SHARD_SIZE + size))
-            _encode_shard(shard, backbone, _shard_path(folder, index, count), batch_size, on_bad_record, bar)
+    mine = [
+        (index, range(index * SHARD_SIZE, min(len(rows), (index + 1) * SHARD_SIZE)))
+        for index in range(state.process_index, count, state.num_processes)
+    ]
+    pairs = sum(len(numbers) for _, numbers in mine)
+    with tqdm(total=pairs, desc="tokenize", unit="pair", disable=not state.is_main_process) as bar:
+        for index, numbers in mine:
+            path = _shard_path(folder, index, count)
+            _encode_shard(rows.select(numbers), backbone, path, batch_size, on_bad_record, bar)
     state.wait_for_everyone()
+    skipped = []
+    for index in range(count):
+        skipped += json.loads((_shard_path(folder, index, count) / "skipped.json").read_text(encoding="utf-8"))
+    info.skipped, info.records = skipped, len(rows) - len(skipped)
     if state.is_main_process:
-        skipped = []
-        for index in range(count):
-            skipped += json.loads((_shard_path(folder, index, count) / "skipped.json").read_text())
-        info.skipped, info.records = skipped, len(rows) - len(skipped)
-        _write_json(folder / INFO_FILE, asdict(info))
+        write_json(folder / INFO_FILE, asdict(info))
         if skipped:
             logger.warning("%d of %d records were skipped; %s lists them", len(skipped), len(rows), folder / INFO_FILE)
     state.wait_for_everyone()
-    encoded = load_encoded(folder, backbone)
-    if len(encoded) == 0:
+    if info.records == 0:
         raise BadRecord(f"{folder}: no usable record is left of {len(rows)}; {INFO_FILE} lists why each was skipped")
-    return label_dataset(encoded, clear_label, pixel_tolerance, InstructionVocabulary(info.codebook_size))
+    if skipped and on_bad_record == "error":  # an earlier run left them out
+        raise BadRecord(f"{skipped[0]} ({len(skipped)} bad records in all; {folder / INFO_FILE} lists them)")
+    encoded = load_encoded(folder, backbone)
+    with state.main_process_first():
+        return label_dataset(encoded, clear_label, pixel_tolerance, InstructionVocabulary(info.codebook_size))
 
 
 def load_encoded(folder: str | Path, backbone: Backbone) -> Dataset:
     """Reads the shards of one preparation; tokens of another codebook or geometry are refused."""
     folder = Path(folder)
-    found, expected = Preparation(**json.loads((folder / INFO_FILE).read_text())), _describe(backbone)
+    found, expected = Preparation(**json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))), _describe(backbone)
     for name in ("codebook_hash", "codebook_size", "image_size", "num_image_tokens"):
         if getattr(found, name) != getattr(expected, name):
             raise ValueError(
                 f"{folder} was prepared with {name}={getattr(found, name)}, the model has {getattr(expected, name)}. "
                 "Prepare the data again with this model."
             )
-    shards = sorted(path for path in folder.iterdir() if path.name.startswith("shard-") and path.suffix != ".tmp")
+    # A shard whose records were all skipped has no data file.
+    shards = sorted({path.parent for path in folder.glob("shard-*/data-*.arrow") if path.parent.suffix != ".tmp"})
     return datasets.concatenate_datasets([datasets.load_from_disk(str(path)) for path in shards])
 
 
@@ -141,12 +149,19 @@ def label_dataset(encoded: Dataset, rule: str, tolerance: int, vocabulary: Instr
         raise ValueError(f"clear_label={rule!r}; choose from {', '.join(LABEL_RULES)}")
 
     def label(batch: dict) -> dict:
-        target = torch.tensor(batch["target_tokens"])
         holds = torch.from_numpy(unchanged(batch, rule, tolerance)).unsqueeze(-2)
-        return {"output_tokens": vocabulary.label(target, holds).tolist()}
+        return {"output_tokens": vocabulary.label(torch.from_numpy(batch["target_tokens"]), holds).numpy()}
 
-    features = Features({**encoded.features, "output_tokens": Sequence(Value("int32"))})
-    return encoded.map(label, batched=True, batch_size=256, features=features, desc=f"label by {rule}")
+    # Only what the rules read goes through the map: the pictures need not be copied.
+    needed = encoded.select_columns(["key", "input_tokens", "target_tokens", "pixel_difference", "mask_tokens"])
+    labels = needed.with_format("numpy").map(
+        label,
+        batched=True,
+        remove_columns=needed.column_names,
+        features=Features({"output_tokens": List(Value("int32"))}),
+        desc=f"label by {rule}",
+    )
+    return datasets.concatenate_datasets([encoded, labels.with_format(None)], axis=1)
 
 
 def unchanged(batch: dict, rule: str, tolerance: int) -> np.ndarray:
@@ -157,17 +172,19 @@ def unchanged(batch: dict, rule: str, tolerance: int) -> np.ndarray:
         return np.asarray(batch["pixel_difference"]) <= tolerance
     for key, mask in zip(batch["key"], batch["mask_tokens"]):
         if mask is None:
-            raise BadRecord(f"record {key} has no mask; clear_label: mask needs one for every record")
-    return ~np.asarray(batch["mask_tokens"], bool)
+            raise BadRecord(
+                f"{key} has no mask, and clear_label=mask needs one for every record; use pixels or tokens"
+            )
+    return ~np.stack(batch["mask_tokens"]).astype(bool)
 
 
 def _encode_shard(rows: Dataset, backbone: Backbone, path: Path, batch_size: int, on_bad_record: str, bar) -> None:
+    """Writes one shard, under its name only when complete; a shard that is there is left alone."""
     if path.is_dir():
         bar.update(len(rows))
         return
-    skipped: list[str] = []
-
-    def encode(batch: dict) -> dict:
+    columns, skipped = {name: [] for name in ENCODED}, []
+    for batch in rows.iter(batch_size):
         kept, pictures = [], []
         for row in [dict(zip(batch, values)) for values in zip(*batch.values())]:
             try:
@@ -178,33 +195,35 @@ def _encode_shard(rows: Dataset, backbone: Backbone, path: Path, batch_size: int
                     raise
                 skipped.append(str(error))
         bar.update(len(batch["key"]))
-        columns = {name: [] for name in ENCODED}
-        if kept:
-            squares = [square for pair in pictures for square in pair[:2]]
-            pixels = backbone.processor.pixel_values(squares).to(backbone.model.device)
-            tokens = encode_tokens(backbone.model, pixels).cpu().view(len(kept), 2, -1)
-            columns["input_tokens"], columns["target_tokens"] = tokens[:, 0].tolist(), tokens[:, 1].tolist()
-            columns["pixel_difference"] = [pair[2].tolist() for pair in pictures]
-            columns["mask_tokens"] = [pair[3] for pair in pictures]
-            for name in ("key", "instruction", "source"):
-                columns[name] = [row[name] for row in kept]
-        return columns
-
-    encoded = rows.map(
-        encode,
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=rows.column_names,
-        features=ENCODED,
-        new_fingerprint=hashlib.sha256(f"{path}{os.getpid()}".encode()).hexdigest()[:16],
-        load_from_cache_file=False,
-        keep_in_memory=True,
-    )
+        if not kept:
+            continue
+        squares = [square for pair in pictures for square in pair[:2]]
+        pixels = backbone.processor.pixel_values(squares).to(backbone.model.model.vqmodel.device)
+        tokens = encode_tokens(backbone.model, pixels).cpu().view(len(kept), 2, -1).numpy()
+        columns["input_tokens"] += list(tokens[:, 0])
+        columns["target_tokens"] += list(tokens[:, 1])
+        columns["pixel_difference"] += [pair[2] for pair in pictures]
+        columns["mask_tokens"] += [pair[3] for pair in pictures]
+        for name in ("key", "instruction", "source"):
+            columns[name] += [row[name] for row in kept]
     temporary = path.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    encoded.save_to_disk(str(temporary))
-    (temporary / "skipped.json").write_text(json.dumps(skipped))
+    with _no_bars():
+        Dataset.from_dict(columns, features=ENCODED).save_to_disk(str(temporary))  # takes the pictures' bytes along
+    (temporary / "skipped.json").write_text(json.dumps(skipped), encoding="utf-8")
     temporary.rename(path)
+
+
+@contextmanager
+def _no_bars():
+    """Without the bars of `datasets`, which would run through ours."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _fit(example, backbone: Backbone):
@@ -214,7 +233,7 @@ def _fit(example, backbone: Backbone):
     source = box.fit(example.source)
     target = Letterbox(*example.target.size, processor.image_size).fit(example.target)
     largest = patch_difference(source, target, processor.grid).ravel()
-    mask = None if example.mask is None else box.fit_mask(example.mask, processor.grid).ravel().tolist()
+    mask = None if example.mask is None else box.fit_mask(example.mask, processor.grid).ravel()
     return source, target, largest, mask
 
 
@@ -227,8 +246,11 @@ def _describe(backbone: Backbone) -> Preparation:
     )
 
 
-def _fingerprint(rows: Dataset, info: Preparation) -> str:
-    text = json.dumps([rows._fingerprint, info.codebook_hash, info.image_size, info.num_image_tokens])
+def _fingerprint(rows: Dataset, backbone: Backbone, info: Preparation) -> str:
+    scale = [backbone.processor.image_mean, backbone.processor.image_std]
+    text = json.dumps(
+        [rows._fingerprint, info.codebook_hash, info.image_size, info.num_image_tokens, scale, SHARD_SIZE]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -236,7 +258,8 @@ def _shard_path(folder: Path, index: int, count: int) -> Path:
     return folder / f"shard-{index:05d}-of-{count:05d}"
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
+    """Writes a file that is never seen half done."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from thinkclearly.images import load_image
 
 PALETTE = {
     "red": (214, 39, 40),
@@ -30,7 +32,7 @@ ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 PLACES = tuple(f"{row} {column}".strip() or "center" for row in ROWS for column in COLUMNS)
 OPERATIONS = ("recolour", "remove", "add", "move", "replace", "background")
 
-# Colour photographs inside the wheels of scikit-image and scikit-learn; the held-out ones are never drawn for training.
+# Colour photographs inside the wheels of scikit-image and scikit-learn; training never draws the held-out ones.
 PACKAGED_PHOTOS = {
     "train": (
         ("skimage", "data/astronaut.png"),
@@ -84,7 +86,7 @@ WORDINGS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One coloured shape; `x`, `y` are its centre in shares of width and height, `radius` in shares of the short side."""
+    """One coloured shape; its centre in shares of width and height, its radius in shares of the short side."""
 
     name: str
     colour: str
@@ -115,7 +117,7 @@ class Shape:
         return np.asarray(canvas.reduce(over), dtype=np.float32) / 255
 
 
-@lru_cache(maxsize=None)
+@cache
 def _outline(name: str) -> tuple[tuple[float, float], ...]:
     """Corners of a shape of circumradius 1 around the origin, y down."""
     if name == "square":
@@ -123,9 +125,7 @@ def _outline(name: str) -> tuple[tuple[float, float], ...]:
     if name == "triangle":
         return ((0.0, -1.0), (1.0, 0.85), (-1.0, 0.85))
     radii = [1.0, 0.42] * 5
-    return tuple(
-        (r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in enumerate(radii)
-    )
+    return tuple((r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in enumerate(radii))
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ class Scene:
     def caption(self) -> str:
         """Words for text-to-image: shapes with places, and the background where it has a name."""
         parts = [f"{_article(s.colour)} {s.colour} {s.name} at the {s.place}" for s in self.shapes]
-        text = " and ".join(parts) or "nothing"
-        return f"{text} on {_article(self.background.name)} {self.background.name} background" if self.background.name else text
+        text, ground = " and ".join(parts) or "nothing", self.background.name
+        return f"{text} on {_article(ground)} {ground} background" if ground else text
 
 
 @dataclass(frozen=True)
@@ -195,29 +195,33 @@ class ShapeEdit:
     def is_done(self, picture: Image.Image) -> bool:
         """Whether `picture` shows what was asked, judged by colour, place and shape.
 
-        New shapes must be there, in colour and outline; gone shapes must no longer be there; a new background must
-        have its colour on most of the free area. What was not asked about is not looked at.
+        Where something was to change, the picture must be nearer to the target than to the source. New shapes must be
+        there, in colour and outline; gone shapes must no longer be there; a new background must have its colour on
+        most of the free area. What was not asked about is not looked at.
         """
         pixels = np.asarray(picture.convert("RGB"))
+        source, target, changed = (np.asarray(p, np.float32) for p in self.render(*picture.size))
+        if _share_nearer(pixels, target, source, changed > 0) < 0.5:
+            return False
         if self.operation == "background":
             return bool(_background_share(pixels, self.after) >= 0.75)
         gone = [s for s in self.before.shapes if s not in self.after.shapes]
         new = [s for s in self.after.shapes if s not in self.before.shapes]
         replaced = {s.place for s in new}
         return all(_shows(pixels, s, self.after) for s in new) and not any(
-            _still_there(pixels, s, self) for s in gone if s.place not in replaced
+            _still_there(pixels, s, source, target) for s in gone if s.place not in replaced
         )
 
 
 def _has_colour(pixels: np.ndarray, colour: str, tolerance: float = 110.0) -> np.ndarray:
-    """Where `colour` is the nearest of the palette and at most `tolerance` (Euclidean, 0-255) away; (..., 3) -> (...)."""
+    """Where `colour` is the palette's nearest and less than `tolerance` (Euclidean, 0-255) away; (..., 3) -> (...)."""
     table = np.float32(list(PALETTE.values()))
     distance = np.linalg.norm(pixels[..., None, :].astype(np.float32) - table, axis=-1)
     return (distance.argmin(-1) == list(PALETTE).index(colour)) & (distance.min(-1) < tolerance)
 
 
 def _shows(pixels: np.ndarray, shape: Shape, scene: Scene) -> bool:
-    """Whether the shape's colour is there and its outline fits better than any other shape's at the same place.
+    """Whether the shape's colour is there and no other outline fits clearly better at the same place.
 
     Where the scene without the shape has its colour anyway, the outline cannot be seen and is not judged.
     """
@@ -227,25 +231,28 @@ def _shows(pixels: np.ndarray, shape: Shape, scene: Scene) -> bool:
     if match[shape.coverage(width, height) > 0.9].mean() < 0.6:
         return False
     without = replace(scene, shapes=tuple(s for s in scene.shapes if s != shape)).render(width, height)
-    match &= ~_has_colour(np.asarray(without)[top:bottom, left:right], shape.colour, tolerance=150.0)
+    visible = ~_has_colour(np.asarray(without)[top:bottom, left:right], shape.colour, tolerance=150.0)
     scores = {}
     for name in SHAPES:
         inside = replace(shape, name=name).coverage(width, height) > 0.5
-        scores[name] = (match & inside).sum() / max(1, (match | inside).sum())
-    return max(scores, key=scores.get) == shape.name
+        scores[name] = (match & inside & visible).sum() / max(1, ((match | inside) & visible).sum())
+    # Blended edges decide between a small circle and a small square, hence the tenth.
+    return scores[shape.name] >= 0.9 * max(scores.values())
 
 
-def _still_there(pixels: np.ndarray, shape: Shape, edit: ShapeEdit) -> bool:
-    """Whether the shape's area still looks more like the source than like the target."""
+def _still_there(pixels: np.ndarray, shape: Shape, source: np.ndarray, target: np.ndarray) -> bool:
+    """Whether part of the shape's area still looks more like the source than like the target."""
     height, width = pixels.shape[:2]
     left, top, right, bottom = shape.box(width, height)
-    inside = shape.coverage(width, height) > 0.9
-    area = pixels[top:bottom, left:right][inside].astype(np.float32)
-    source, target = (
-        np.asarray(scene.render(width, height))[top:bottom, left:right][inside] for scene in (edit.before, edit.after)
-    )
-    to_source, to_target = (np.abs(area - other).sum(-1) for other in (source, target))
-    return (to_source < to_target).mean() > 0.3
+    area = np.zeros((height, width), bool)
+    area[top:bottom, left:right] = shape.coverage(width, height) > 0.9
+    return _share_nearer(pixels, source, target, area) > 0.3
+
+
+def _share_nearer(pixels: np.ndarray, this: np.ndarray, other: np.ndarray, area: np.ndarray) -> float:
+    """Share of the pixels in `area`, bool (H, W), that are nearer to picture `this` than to `other`."""
+    to_this, to_other = (np.abs(pixels[area] - picture[area]).sum(-1) for picture in (this, other))
+    return float((to_this < to_other).mean())
 
 
 def _background_share(pixels: np.ndarray, scene: Scene) -> float:
@@ -263,7 +270,7 @@ def _article(word: str) -> str:
 
 @lru_cache(maxsize=32)
 def _photo(path: str) -> Image.Image:
-    return Image.open(path).convert("RGB")
+    return load_image(path)
 
 
 def packaged_photos(split: str = "train") -> list[str]:
@@ -272,13 +279,16 @@ def packaged_photos(split: str = "train") -> list[str]:
     for package, name in PACKAGED_PHOTOS[split]:
         spec = find_spec(package)
         if spec is None:
-            raise ImportError(f"The built-in shapes draw on photographs of {package}: pip install 'thinkclearly[shapes]'")
+            raise ImportError(
+                f"The built-in shapes draw on photographs that {package} ships, and it is not installed. Run "
+                "`pip install scikit-image scikit-learn`, or give a folder of photographs (photos_folder)."
+            )
         paths.append(str(Path(spec.origin).parent / name))
     return paths
 
 
 def random_scene(rng: np.random.Generator, photos: list[str], shapes: int | None = None) -> Scene:
-    """One to three shapes at different places, no two alike, over a photograph (half), a gradient or a plain colour."""
+    """One to three shapes, no two alike or at one place, over a photograph (half), a gradient or a plain colour."""
     kind = rng.random()
     if kind < 0.5 and photos:
         path = photos[rng.integers(len(photos))]

@@ -5,6 +5,7 @@ One loop for editing and text-to-image, with and without guidance or a CLEAR hea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ class DecodeSettings:
     """How to decode."""
 
     guidance: str = option(
-        "factorised", "factorised: copying is decided by the full row alone, guidance acts on the codes; joint: the original's formula."
+        "factorised",
+        "factorised: the full row alone decides on copying, guidance acts on codes; joint: the original's formula.",
     )
     cfg_weight: float = option(5.0, "Guidance weight w in u + w(c - u); see decoding/guidance.py.")
     cfg_weight2: float = option(5.0, "Weight of the part row (no source codes) against the full row.")
@@ -36,10 +38,12 @@ class DecodeSettings:
     def __post_init__(self):
         if self.guidance not in ("factorised", "joint"):
             raise ValueError(f"guidance={self.guidance!r}; choose 'factorised' or 'joint'")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}; expected 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}; expected a probability mass in (0, 1]")
+        if self.cfg_weight2 < 0:
+            raise ValueError(f"cfg_weight2={self.cfg_weight2}; expected 0 (full row alone) or more")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k}; expected 0 (all) or the number of codes to keep")
 
@@ -51,8 +55,9 @@ class Decoded:
     Attributes:
         ids: long (S, N), classes in [0, K + I).
         tokens: long (S, N), what went back into the model: ids with instructions remapped to source codes.
-        codes: long (S, N), the best code everywhere, whether or not an instruction was chosen.
-        gate: float32 (S, N), log-odds of copying at the operating point used (copy where positive); NaN without a head.
+        codes: long (S, N), the chosen code everywhere; where an instruction was chosen, the code that came next.
+        gate: float32 (S, N), log-odds of copying at the operating point used; NaN without a head. Factorised copies
+            exactly where they are positive; joint draws, or compares with the best code.
         passes: number of forward passes of the language model.
         logits: float32 (S, N, K + I) where asked for: the scores that were chosen from.
     """
@@ -96,7 +101,9 @@ def decode(
     transformed = source_tokens.unsqueeze(-2) if may_copy else None
     noise = None
     if settings.temperature > 0:
-        noise = torch.stack([gumbel_noise(*key, num_tokens, model.vocabulary.num_classes) for key in samples]).to(device)
+        noise = torch.stack([gumbel_noise(*key, num_tokens, model.vocabulary.num_classes) for key in samples]).to(
+            device
+        )
 
     ids = torch.empty(count, num_tokens, dtype=torch.long, device=device)
     tokens, codes = torch.empty_like(ids), torch.empty_like(ids)
@@ -127,6 +134,7 @@ def decode(
             guided[:, codebook:] += settings.clear_bias
             gate[:, step] = gate_log_odds(guided, codebook)
             choice = draw(guided, noise_now, filters)
+            code = torch.where(choice < codebook, choice, code)  # top-k and top-p see one class more here
         elif may_copy:
             odds = gate_log_odds(logits[:, 0], codebook, config.clear_weight)
             gate[:, step] = (odds + config.gate_bias) / config.gate_temperature + settings.clear_bias

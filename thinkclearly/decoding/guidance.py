@@ -1,6 +1,6 @@
 """From the guidance rows' logits to one distribution over codes and one decision about copying.
 
-Edit rows are full, part and uncond; text-to-image rows are full and uncond (models/prompt.py). Knows nothing of models.
+Edit rows are full, part and uncond; text-to-image rows full and uncond (models/prompt.py). Knows nothing of models.
 """
 
 from __future__ import annotations

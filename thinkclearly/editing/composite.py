@@ -5,11 +5,15 @@ Works on arrays at any resolution. Knows nothing of models.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from PIL import Image, ImageFilter
 from scipy.ndimage import convolve, distance_transform_edt
 
 from thinkclearly.images import Letterbox
+
+BAND = 512  # rows that are blended at a time
 
 
 def smooth_mask(clear: np.ndarray, ksize: int, passes: int) -> np.ndarray:
@@ -48,28 +52,31 @@ def composite(
         raise ValueError(f"feather={feather!r}; choose 'inside' or 'two_sided'")
     clear_pixels = letterbox.unfit_grid(clear)
     radius = feather_radius_px * max(letterbox.width, letterbox.height) / letterbox.size
-    if radius <= 0:
-        edited_share = (~clear_pixels).astype(np.float32)
-    elif feather == "inside":
-        edited_share = _inside_share(clear_pixels, radius)
-    else:
-        alpha = Image.fromarray(np.uint8(~clear_pixels) * 255).filter(ImageFilter.GaussianBlur(radius))
-        edited_share = np.asarray(alpha, dtype=np.float32) / 255
-    base = np.asarray(source)
+    base, new = np.asarray(source), np.asarray(edited)
     result = base.copy()
-    # Only the pixels with something to blend are computed: a large photograph is mostly copied.
-    rows, columns = np.nonzero(edited_share)
-    share = edited_share[rows, columns, None]
-    blend = base[rows, columns] * (1 - share) + np.asarray(edited)[rows, columns] * share
-    result[rows, columns] = np.rint(blend).astype(np.uint8)
+    if feather == "two_sided":
+        alpha = np.asarray(Image.fromarray(np.uint8(clear_pixels) * 255).filter(ImageFilter.GaussianBlur(radius)))
+    # A large photograph is blended in bands: floating point copies of all of it would be many times its size.
+    for top in range(0, len(base), BAND):
+        rows = slice(top, top + BAND)
+        if feather == "two_sided":
+            share = 1 - alpha[rows].astype(np.float32) / 255
+        else:
+            share = _inside_share(clear_pixels, rows, radius)
+        blended = share > 0
+        share = share[blended][:, None]
+        blend = base[rows][blended] * (1 - share) + new[rows][blended] * share
+        result[rows][blended] = np.rint(blend).astype(np.uint8)
     return Image.fromarray(result)
 
 
-def _inside_share(clear_pixels: np.ndarray, radius: float) -> np.ndarray:
-    """Share of the edited picture, float32 (H, W): 0 in CLEAR patches, rising to 1 over `radius` pixels beside them."""
-    if not clear_pixels.any():
-        return np.ones(clear_pixels.shape, np.float32)
-    if clear_pixels.all():
-        return np.zeros(clear_pixels.shape, np.float32)
-    distance = distance_transform_edt(~clear_pixels)
-    return np.clip(distance / (radius + 1), 0, 1).astype(np.float32)
+def _inside_share(clear_pixels: np.ndarray, rows: slice, radius: float) -> np.ndarray:
+    """Share of the edited picture in some rows, float32: 0 in CLEAR patches, 1 from `radius` + 1 pixels away."""
+    # Distances above radius + 1 make no difference, so rows further away need not be looked at.
+    first = max(0, rows.start - math.ceil(radius) - 1)
+    nearby = ~clear_pixels[first : rows.stop + math.ceil(radius) + 1]
+    if nearby.all():
+        share = np.ones(nearby.shape, np.float32)
+    else:
+        share = np.clip(distance_transform_edt(nearby) / (radius + 1), 0, 1).astype(np.float32)
+    return share[rows.start - first :][:BAND]

@@ -6,6 +6,7 @@ The one place where preprocessing, decoding and compositing meet. Knows nothing 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -32,6 +33,17 @@ class EditSettings(DecodeSettings):
     mask_smooth_passes: int = option(1, "How often the majority filter is applied.")
     feather_radius_px: float = option(2.0, "Width of the blend beside CLEAR patches, pixels of the model's square.")
     feather: str = option("inside", "inside keeps CLEAR patches byte-identical; two_sided is the original's blur.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mask_smooth_ksize % 2 == 0 or self.mask_smooth_ksize < 1:
+            raise ValueError(f"mask_smooth_ksize={self.mask_smooth_ksize}; expected an odd number, 1 for no smoothing")
+        if self.mask_smooth_passes < 0:
+            raise ValueError(f"mask_smooth_passes={self.mask_smooth_passes}; expected 0 or more")
+        if not 0 <= self.feather_radius_px < math.inf:
+            raise ValueError(f"feather_radius_px={self.feather_radius_px}; expected 0 (hard edge) or more")
+        if self.feather not in ("inside", "two_sided"):
+            raise ValueError(f"feather={self.feather!r}; choose 'inside' or 'two_sided'")
 
 
 @dataclass
@@ -113,7 +125,7 @@ class EditResult:
                         "token": int(self.tokens[i]),
                         "code": int(self.codes[i]),
                         "source_token": int(self.source_tokens[i]),
-                        "gate": float(self.gate[i]),
+                        "gate": None if self.gate[i].isnan() else float(self.gate[i]),
                     }
                     file.write(json.dumps(line) + "\n")
 
@@ -129,7 +141,7 @@ class Editor:
 
     def __init__(self, model: ClearEditModel, processor: ClearEditProcessor, settings: EditSettings | None = None):
         self.model, self.processor = model.eval(), processor
-        self.settings = settings or EditSettings(**model.clear_config.edit)
+        self.settings = settings or _override(EditSettings(), model.clear_config.edit)
 
     def edit(self, image, instruction: str, *, num_images: int = 1, seed: int = 0, progress=None, **overrides):
         """Edits one picture.
@@ -142,7 +154,9 @@ class Editor:
             progress: called with (positions done, positions in all).
             overrides: fields of `EditSettings`.
         """
-        results = self.edit_many([image], [instruction], num_images=num_images, seed=seed, progress=progress, **overrides)
+        results = self.edit_many(
+            [image], [instruction], num_images=num_images, seed=seed, progress=progress, **overrides
+        )
         return results[0] if num_images == 1 else results
 
     @torch.inference_mode()
@@ -158,6 +172,9 @@ class Editor:
     ) -> list[EditResult]:
         """Edits a batch in one decoding loop; the `num_images` results of a picture lie next to each other."""
         settings = _override(self.settings, overrides)
+        if len(images) != len(instructions) or not images:
+            raise ValueError(f"{len(images)} pictures and {len(instructions)} instructions; give one for each picture")
+        _check_count("num_images", num_images)
         for i, instruction in enumerate(instructions):
             if not instruction or not instruction.strip():
                 raise ValueError(f"Item {i} has an empty instruction; say what to change, e.g. 'Make the scarf blue.'")
@@ -208,9 +225,8 @@ class Editor:
         chosen = self.model.vocabulary.is_instruction(decoded.ids[k]).view(grid, grid).cpu().numpy()
         clear = smooth_mask(chosen, settings.mask_smooth_ksize, settings.mask_smooth_passes)
         raw, token_composite, input_decoded = (box.unfit(p) for p in (raw, token_composite, input_decoded))
-        edited = token_composite
         return EditResult(
-            image=composite(source, edited, clear, box, settings.feather_radius_px, settings.feather),
+            image=composite(source, token_composite, clear, box, settings.feather_radius_px, settings.feather),
             raw=raw,
             token_composite=token_composite,
             input_decoded=input_decoded,
@@ -244,6 +260,7 @@ class Editor:
         if not prompt.strip():
             raise ValueError("The prompt is empty; describe the picture to draw")
         settings = _override(self.settings, overrides)
+        _check_count("num_images", num_images)
         conditions = [FULL, UNCOND] if settings.use_cfg else [FULL]
         rows = self.processor.generate_rows([prompt] * num_images * len(conditions), conditions * num_images)
         rows = rows.to(self.model.device)
@@ -273,6 +290,10 @@ class Editor:
         seed: int = 0,
     ) -> list[str]:
         """Answers a question about a picture, `num_answers` times; temperature 0 decodes greedily."""
+        DecodeSettings(temperature=temperature, top_k=top_k, top_p=top_p)  # the same limits, the same messages
+        _check_count("num_answers", num_answers)
+        if temperature == 0 and num_answers > 1:
+            raise ValueError(f"num_answers={num_answers} at temperature 0 would all be the same; set a temperature")
         source = load_image(image)
         square = Letterbox(*source.size, self.processor.image_size).fit(source)
         rows = self.processor.describe_rows([question]).to(self.model.device)
@@ -280,17 +301,18 @@ class Editor:
         sampling = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        torch.manual_seed(seed)
-        ids = self.model.base.generate(
-            inputs_embeds=embed_prompt(self.model.base, rows, features),
-            attention_mask=rows.attention_mask,
-            max_new_tokens=max_new_tokens,
-            num_return_sequences=num_answers,
-            eos_token_id=self.processor.eos_id,
-            bos_token_id=self.processor.bos_id,
-            pad_token_id=self.processor.eos_id,
-            **sampling,
-        )
+        with torch.random.fork_rng():  # the caller's random numbers are not ours to reset
+            torch.manual_seed(seed)
+            ids = self.model.base.generate(
+                inputs_embeds=embed_prompt(self.model.base, rows, features),
+                attention_mask=rows.attention_mask,
+                max_new_tokens=max_new_tokens,
+                num_return_sequences=num_answers,
+                eos_token_id=self.processor.eos_id,
+                bos_token_id=self.processor.bos_id,
+                pad_token_id=self.processor.eos_id,
+                **sampling,
+            )
         return [text.strip() for text in self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
@@ -300,6 +322,11 @@ def _override(settings: EditSettings, overrides: dict) -> EditSettings:
     if unknown:
         raise TypeError(f"Unknown settings {unknown}; choose from {sorted(known)}")
     return replace(settings, **overrides)
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value}; expected 1 or more")
 
 
 def _to_images(model: ClearEditModel, tokens: torch.Tensor) -> list[Image.Image]:

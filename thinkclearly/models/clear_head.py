@@ -82,8 +82,9 @@ class ClearEditModel(nn.Module):
     def device(self) -> torch.device:
         return self.base.device
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def activation_checkpointing_enable(self, **kwargs):
+        """What the Trainer calls for `activation_checkpointing` (once `gradient_checkpointing`)."""
+        self.base.activation_checkpointing_enable(**kwargs)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., H) to float32 logits (..., K + I)."""
@@ -136,8 +137,13 @@ class ClearEditModel(nn.Module):
         """Reads the CLEAR head's weights; a missing file or another shape is an error."""
         path = Path(directory) / HEAD_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{directory} has no {HEAD_FILE}: without the trained CLEAR head there is no gate.")
-        self.set_head(**load_file(path), where=path)
+            raise FileNotFoundError(
+                f"{directory} has no {HEAD_FILE}: without the trained CLEAR head there is no gate."
+            )
+        tensors = load_file(path)
+        if set(tensors) != {"weight", "bias"}:
+            raise ValueError(f"{path} has tensors {sorted(tensors)}; expected 'weight' and 'bias' of the CLEAR head.")
+        self.set_head(**tensors, where=path)
 
     def set_head(self, weight: torch.Tensor, bias: torch.Tensor, where: str | Path) -> None:
         expected = self.clear_head.weight.shape

@@ -7,6 +7,7 @@ finished strings: the native processor would expand the image placeholder a seco
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -58,7 +59,7 @@ class ClearEditProcessor:
         tokenizer: holds the special tokens of `SPECIAL_TOKENS`; ids are always looked up by string.
         image_size (`int`): side of the model's square pictures, pixels.
         num_image_tokens (`int`): N, tokens of one picture.
-        image_mean, image_std (`float`): normalisation of each channel after scaling to [0, 1].
+        image_mean, image_std (three `float`): normalisation of the channels after scaling to [0, 1].
     """
 
     def __init__(
@@ -66,12 +67,12 @@ class ClearEditProcessor:
         tokenizer: PreTrainedTokenizerBase,
         image_size: int,
         num_image_tokens: int,
-        image_mean: float = 0.5,
-        image_std: float = 0.5,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
     ):
         self.tokenizer = tokenizer
         self.image_size, self.num_image_tokens = image_size, num_image_tokens
-        self.image_mean, self.image_std = image_mean, image_std
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
         if missing:
@@ -96,8 +97,8 @@ class ClearEditProcessor:
         prompts = _read_json(name_or_path, "processor_config.json", hub)
         size = pictures["image_size"] if "image_size" in pictures else pictures["size"]["height"]
         tokens = prompts.get("num_image_tokens", 576)
-        mean, std = pictures.get("image_mean", [0.5] * 3), pictures.get("image_std", [0.5] * 3)
-        return cls(tokenizer, size, tokens, image_mean=mean[0], image_std=std[0])
+        norm = {name: pictures[name] for name in ("image_mean", "image_std") if name in pictures}
+        return cls(tokenizer, size, tokens, **norm)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes the same files in DeepSeek's layout, so that the original's code can read them too."""
@@ -110,8 +111,8 @@ class ClearEditProcessor:
             "image_size": self.image_size,
             "min_size": 14,
             "do_normalize": True,
-            "image_mean": [self.image_mean] * 3,
-            "image_std": [self.image_std] * 3,
+            "image_mean": self.image_mean,
+            "image_std": self.image_std,
             "rescale_factor": 1 / 255,
             "background_color": [127] * 3,
         }
@@ -159,9 +160,7 @@ class ClearEditProcessor:
     def describe_rows(self, questions: list[str]) -> PromptBatch:
         """Question-answering rows: system sentence, picture slot (BOI and EOI around it), question."""
         picture = f"{BOI}{IMAGE * self.num_image_tokens}{EOI}"
-        rows = [
-            self._tokenize(f"{SYSTEM}\n\n{USER}: {picture}\n{q.strip()}\n\n{ASSISTANT}:") for q in questions
-        ]
+        rows = [self._tokenize(f"{SYSTEM}\n\n{USER}: {picture}\n{q.strip()}\n\n{ASSISTANT}:") for q in questions]
         return self._batch(rows, [ids.index(self.boi_id) + 1 for ids in rows], [-1] * len(rows))
 
     def _tokenize(self, text: str) -> list[int]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 
 from thinkclearly.models.backbone import Backbone, codebook_hash, load_backbone
 from thinkclearly.models.clear_head import CONFIG_FILE, ClearConfig, ClearEditModel, read_clear_config
-from thinkclearly.models.original_finetune import is_original_finetune, read_original_finetune
+from thinkclearly.models.original_finetune import check_original_base, is_original_finetune, read_original_finetune
 from thinkclearly.models.prompt import ClearEditProcessor
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ def load_finetune(model: ClearEditModel, directory: str | Path) -> None:
     """Puts the adapter and CLEAR head of `directory` into a model of the same shape (resuming)."""
     directory = Path(directory)
     if isinstance(model.janus, PeftModel):
-        set_peft_model_state_dict(model.janus, load_peft_weights(str(directory), device="cpu"))
+        _load_lora(model.janus, load_peft_weights(str(directory), device="cpu"), directory)
     else:
         from thinkclearly.models.checkpoint import load_janus
 
@@ -50,15 +52,26 @@ def load_finetune(model: ClearEditModel, directory: str | Path) -> None:
         setattr(model.clear_config, name, value)
 
 
-def resolve(name_or_path: str, revision: str | None = None, token: str | None = None) -> Path:
+def resolve(name_or_path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
     """A local directory for a folder or a Hub id."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
-    return Path(snapshot_download(name_or_path, revision=revision, token=token))
+    try:
+        return Path(snapshot_download(str(name_or_path), revision=revision, token=token))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{name_or_path} is neither a folder nor a Hub repository that can be read now; check the name, the token "
+            "and the connection."
+        ) from error
 
 
 def load_clear_model(
-    name_or_path: str, *, base: str | None = None, revision: str | None = None, token: str | None = None, **kwargs
+    name_or_path: str | Path,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    **kwargs,
 ) -> tuple[ClearEditModel, ClearEditProcessor]:
     """Loads a fine-tune for inference: ours, or the original's directory format.
 
@@ -73,25 +86,29 @@ def load_clear_model(
     directory = resolve(name_or_path, revision, token)
     if is_original_finetune(directory):
         lora, state, weight, bias = read_original_finetune(directory)
-        backbone = load_backbone(base or lora.base_model_name_or_path, token=token, **kwargs)
-        janus = get_peft_model(backbone.model, lora)
-        _check_keys(set_peft_model_state_dict(janus, state), directory)
+        backbone = _load_base_of(lora, base, directory, token=token, **kwargs)
+        check_original_base(directory, backbone.model)
+        janus = PeftModel(backbone.model, lora)
+        _load_lora(janus, state, directory)
         model = ClearEditModel(janus, ClearConfig(backbone.model.config.vq_config.num_embeddings))
         model.set_head(weight, bias, where=directory / "gen_head_clear.pt")
         return _ready(model, backbone), backbone.processor
     if not (directory / CONFIG_FILE).is_file():
         raise FileNotFoundError(
-            f"{name_or_path} has no {CONFIG_FILE} and no gen_head_clear.pt, so it holds no CLEAR head. Give a fine-tune "
-            "made by `thinkclearly train`, or use load_base for a model that has not been fine-tuned."
+            f"{name_or_path} has no {CONFIG_FILE} and no gen_head_clear.pt, so it holds no CLEAR head. Give a "
+            "fine-tune made by `thinkclearly train`, or use load_base for a model that has not been fine-tuned."
         )
     config = read_clear_config(directory)
     if not (directory / "adapter_config.json").is_file():
         backbone = load_backbone(str(directory), **kwargs)
         model = ClearEditModel(backbone.model, config)
     else:
-        name = base or PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
-        backbone = load_backbone(name, token=token, **kwargs)
-        model = ClearEditModel(PeftModel.from_pretrained(backbone.model, str(directory)), config)
+        lora = PeftConfig.from_pretrained(str(directory))
+        backbone = _load_base_of(lora, base, directory, token=token, **kwargs)
+        janus = PeftModel(backbone.model, lora)
+        # Not PeftModel.from_pretrained: it leaves layers that the file does not have at random, without a word.
+        _load_lora(janus, load_peft_weights(str(directory), device="cpu"), directory)
+        model = ClearEditModel(janus, config)
     model.load_head(directory)
     found = codebook_hash(model.base)
     if config.codebook_hash and found != config.codebook_hash:
@@ -114,12 +131,27 @@ def _ready(model: ClearEditModel, backbone: Backbone) -> ClearEditModel:
     return model.eval().requires_grad_(False)
 
 
-def _check_keys(result, directory: Path) -> None:
+def _load_base_of(lora: PeftConfig, base: str | Path | None, directory: Path, **kwargs) -> Backbone:
+    """`base` where it is given, else the model (and revision) that the adapter names."""
+    if base is not None:
+        return load_backbone(base, **kwargs)
+    if not lora.base_model_name_or_path:
+        raise ValueError(f"{directory}/adapter_config.json names no base model; pass it as base=.")
+    return load_backbone(lora.base_model_name_or_path, revision=lora.revision, **kwargs)
+
+
+def _load_lora(janus: PeftModel, state: dict[str, torch.Tensor], directory: Path) -> None:
+    """Every LoRA tensor of the model from `state` and nothing else in it, or an error."""
+    try:
+        result = set_peft_model_state_dict(janus, state)
+    except RuntimeError as error:  # shapes: one line each, below a title
+        raise _misfit(directory, str(error).partition("\n")[2].strip().partition("\n")[0]) from error
     missing = [key for key in result.missing_keys if "lora_" in key]
     if missing or result.unexpected_keys:
-        raise ValueError(
-            f"{directory}: the adapter does not fit this base model; missing {missing[:3]}, "
-            f"unexpected {result.unexpected_keys[:3]}"
-        )
+        raise _misfit(directory, f"it lacks {missing[:3]} and has {result.unexpected_keys[:3]} too many")
 
 
+def _misfit(directory: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{directory}: the adapter does not fit this base model: {what}. Pass the base it was trained on as base=."
+    )

@@ -1,4 +1,4 @@
-"""What watches a run from the side: weight auto-tuning, the collapse alarm, sample edits, and the epoch of the dropout."""
+"""What watches a run from the side: weight auto-tuning, collapse alarm, sample edits, and the epoch of the dropout."""
 
 from __future__ import annotations
 

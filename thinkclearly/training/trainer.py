@@ -5,6 +5,8 @@ Knows how the loss is counted, logged, saved and resumed. Does not know where da
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torchmetrics import MeanMetric
@@ -24,7 +26,11 @@ def class_weights(labels: torch.Tensor, codebook_size: int, clear_weight: float)
 
 
 def weighted_loss(
-    logits: torch.Tensor, labels: torch.Tensor, codebook_size: int, clear_weight: float, total: torch.Tensor | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    codebook_size: int,
+    clear_weight: float,
+    total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Class-weighted cross-entropy, divided by the sum of the weights, as torch's own weighted mean is.
 
@@ -46,30 +52,30 @@ class GateMeter:
         self.codebook_size = codebook_size
         means = ("clear_rate_true", "clear_rate_predicted", "code_accuracy", "accuracy")
         self.means = {name: MeanMetric().to(device) for name in means}
-        self.auc = BinaryAUROC(thresholds=512).to(device)
+        self.auc = BinaryAUROC(thresholds=512, ignore_index=-1).to(device)
 
     @torch.no_grad()
     def update(self, logits: torch.Tensor, labels: torch.Tensor, sees_source: torch.Tensor) -> None:
-        logits, labels = logits[sees_source], labels[sees_source]
-        if labels.numel() == 0:
-            return
+        """Rows that do not see the source carry weight 0: a process without any still takes part in the sums."""
         clear, predicted = labels >= self.codebook_size, logits.argmax(-1)
         code_hit = logits[..., : self.codebook_size].argmax(-1) == labels
-        self.means["clear_rate_true"].update(clear.float())
-        self.means["clear_rate_predicted"].update((predicted >= self.codebook_size).float())
-        # Empty updates carry weight 0, so no position needs to be counted on the host.
-        self.means["code_accuracy"].update(code_hit.float(), (~clear).float())
-        self.means["accuracy"].update((predicted == labels).float())
-        self.auc.update(gate_log_odds(logits, self.codebook_size).sigmoid().flatten(), clear.long().flatten())
+        counted = sees_source[:, None].expand_as(labels)
+        self.means["clear_rate_true"].update(clear.float(), counted.float())
+        self.means["clear_rate_predicted"].update((predicted >= self.codebook_size).float(), counted.float())
+        self.means["code_accuracy"].update(code_hit.float(), (counted & ~clear).float())
+        self.means["accuracy"].update((predicted == labels).float(), counted.float())
+        # Any rising function gives the same area; a slow one keeps small probabilities apart on 512 thresholds.
+        score = (gate_log_odds(logits, self.codebook_size) / 4).sigmoid()
+        self.auc.update(score.flatten(), torch.where(counted, clear.long(), -1).flatten())
 
     def compute(self) -> dict[str, float]:
-        """The values since the last call, and a fresh start."""
-        if not any(metric.update_called for metric in self.means.values()):
-            return {}
-        values = {name: float(metric.compute()) for name, metric in self.means.items()} | {"gate_auc": float(self.auc.compute())}
+        """The values since the last call, and a fresh start; what was never seen is left out."""
+        values = {name: float(metric.compute()) for name, metric in self.means.items()}
+        if 0 < values["clear_rate_true"] < 1:
+            values["gate_auc"] = float(self.auc.compute())
         for metric in (*self.means.values(), self.auc):
             metric.reset()
-        return values
+        return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 class ClearEditTrainer(Trainer):
@@ -81,7 +87,8 @@ class ClearEditTrainer(Trainer):
     Args:
         model: with LoRA inside, or bare for full fine-tuning.
         processor: saved beside every checkpoint.
-        clear_weight: class weight of instruction tokens; callbacks may move it.
+        clear_weight: class weight of instruction tokens; callbacks may move it. The evaluation loss keeps this one, so
+            that its values can be compared.
         data_collator: with condition dropout; evaluation uses the same without dropout.
         clear_head_lr: learning rate of the CLEAR linear; the Trainer's `learning_rate` where not given.
         kwargs: the Trainer's own.
@@ -101,7 +108,7 @@ class ClearEditTrainer(Trainer):
         self.clear_head_lr = clear_head_lr
         super().__init__(model=model, data_collator=data_collator, **kwargs)
         self.processor = processor
-        self.clear_weight = clear_weight
+        self.clear_weight = self.eval_clear_weight = clear_weight
         self.eval_collator = EditCollator(processor, model.vocabulary)
         self.codebook_size = model.vocabulary.codebook_size
         self.meters = {mode: GateMeter(self.codebook_size, self.args.device) for mode in ("train", "eval")}
@@ -113,8 +120,9 @@ class ClearEditTrainer(Trainer):
         return self.accelerator.gather(total).sum()
 
     def create_optimizer(self, *args, **kwargs):
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.clear_head_lr is not None:
+        if is_new and self.clear_head_lr is not None:
             head = list(self.accelerator.unwrap_model(self.model).clear_head.parameters())
             ids = {id(p) for p in head}
             for group in optimizer.param_groups:
@@ -126,11 +134,10 @@ class ClearEditTrainer(Trainer):
         logits = model(**inputs)
         if model.training:
             # Processes average their gradients; the sum of weights is already the global one.
-            scale = self.accelerator.num_processes
-            total = num_items_in_batch
+            scale, weight, total = self.accelerator.num_processes, self.clear_weight, num_items_in_batch
         else:
-            scale, total = 1, None
-        loss = scale * weighted_loss(logits, inputs["labels"], self.codebook_size, self.clear_weight, total)
+            scale, weight, total = 1, self.eval_clear_weight, None
+        loss = scale * weighted_loss(logits, inputs["labels"], self.codebook_size, weight, total)
         meter = self.meters["train" if model.training else "eval"]
         meter.update(logits.detach(), inputs["labels"], inputs["source_slot"] >= 0)
         return (loss, {"logits": logits}) if return_outputs else loss
@@ -159,6 +166,8 @@ class ClearEditTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if not self.args.should_save:
+            return
         directory = output_dir or self.args.output_dir
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         model.clear_config.clear_weight = self.clear_weight
