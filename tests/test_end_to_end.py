@@ -69,7 +69,12 @@ def trained(golden, samples, tmp_path_factory):
 
 def test_a40_recipe_trains_saves_and_evaluates(trained):
     model, _ = trained
-    for name in ("adapter_model.safetensors", "adapter_config.json", "gen_head_clear.safetensors", "clear_config.json"):
+    for name in (
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "gen_head_clear.safetensors",
+        "clear_config.json",
+    ):
         assert (model / name).is_file()
     results = json.loads((model / "all_results.json").read_text())
     assert np.isfinite(results["eval_loss"]) and 0 <= results["eval_clear_rate_true"] <= 1
@@ -93,7 +98,13 @@ def test_the_command_edits_and_evaluates(trained, golden, samples, tmp_path):
     run(BIN / "thinkclearly", "edit", "--model", model, "--image", source, "--instruction", "Make the star red.",
         "--output_dir", tmp_path / "edit", "--trace", "true")  # fmt: skip
     names = {path.name for path in (tmp_path / "edit").iterdir()}
-    assert {"raw_model.png", "token_composite.png", "pixel_composite.png", "clear_mask.png", "input_decoded.png"} <= names
+    assert {
+        "raw_model.png",
+        "token_composite.png",
+        "pixel_composite.png",
+        "clear_mask.png",
+        "input_decoded.png",
+    } <= names
     assert {"result.json", "token_trace.jsonl"} <= names
     original = np.asarray(Image.open(source).convert("RGB"))
     composite = np.asarray(Image.open(tmp_path / "edit" / "pixel_composite.png"))

@@ -1,4 +1,4 @@
-"""The objective is the reference's; runs that should be equal are; what is saved comes back, and nothing random does."""
+"""The objective is the reference's; runs that should be equal are; what is saved comes back, and nothing at random."""
 
 import json
 import logging
@@ -264,9 +264,7 @@ def test_activation_checkpointing_changes_nothing(golden, tmp_path):
     runs = []
     for checkpointing in (False, True):
         pair = fresh(golden)
-        trainer = make_trainer(
-            pair, records(golden, 4), tmp_path, max_steps=2, activation_checkpointing=checkpointing
-        )
+        trainer = make_trainer(pair, records(golden, 4), tmp_path, max_steps=2, activation_checkpointing=checkpointing)
         trainer.train()
         assert pair[0].base.is_activation_checkpointing is checkpointing
         runs.append(history(trainer, "loss", "grad_norm"))

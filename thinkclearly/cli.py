@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -101,14 +102,16 @@ def prepare(argv: list[str] | None = None) -> None:
     parser = RecipeParser([ModelArguments, DataArguments, PrepareArguments], prog="thinkclearly prepare")
     model, data, output = parser.parse(argv)
     backbone = jobs.build_backbone(model)
+    prepared = jobs.build_data(data, backbone)
+    if not PartialState().is_main_process:
+        return
     if output.export_folder:
         rows, _ = jobs.read_rows(data)
         count = write_folder((read_example(row) for row in rows), output.export_folder)
         logger.info("%d samples in %s", count, output.export_folder)
-    prepared = jobs.build_data(data, backbone)
     if output.jsonl:
         write_jsonl(prepared.train, output.jsonl, backbone.model.config.vq_config.num_embeddings)
-    inspect_dataset(prepared.train, backbone, output.output_dir)
+    inspect_dataset(prepared.train, backbone, output.output_dir, pixel_tolerance=data.pixel_tolerance)
 
 
 def train(argv: list[str] | None = None) -> None:

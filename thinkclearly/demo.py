@@ -96,7 +96,12 @@ def main(argv: list[str] | None = None) -> None:
     seconds["edit and measure"] = time.perf_counter() - started
 
     metrics = {
-        "held_out": {"edits": demo.demo_edits, "pictures": held_out.pictures, "clear": held_out.clear, "done": held_out.done},
+        "held_out": {
+            "edits": demo.demo_edits,
+            "pictures": held_out.pictures,
+            "clear": held_out.clear,
+            "done": held_out.done,
+        },
         "photographs": {"pictures": at_full_size.pictures, "clear": at_full_size.clear, "done": at_full_size.done},
         "seconds": seconds,
         "machine": jobs.machine(),

@@ -47,7 +47,11 @@ logger = logging.getLogger(__name__)
 SettingOverrides = make_dataclass(
     "SettingOverrides",
     [
-        (f.name, {"str": str, "float": float, "int": int, "bool": bool}[f.type] | None, option(None, f.metadata["help"]))
+        (
+            f.name,
+            {"str": str, "float": float, "int": int, "bool": bool}[f.type] | None,
+            option(None, f.metadata["help"]),
+        )
         for f in fields(EditSettings)
     ],
 )
@@ -86,7 +90,7 @@ def read_rows(data: DataArguments) -> tuple[Dataset, Dataset | None]:
             streaming=data.streaming,
         )
         if data.streaming:
-            rows = Dataset.from_generator(lambda: iter(rows), features=sources.FEATURES)
+            rows = Dataset.from_list(list(rows), features=sources.FEATURES)
     else:
         rows = sources.folder(data.path) if data.source == "folder" else sources.sharegpt4o(data.path)
         rows = rows.shuffle(seed=data.split_seed) if data.shuffle else rows
@@ -221,7 +225,12 @@ def draw_samples(model, processor, rows: Dataset) -> Image.Image:
     model.train(was_training)
     return sheet(
         [
-            [(r.source, r.instruction), (r.raw, "raw"), (r.image, "composite"), (r.mask, f"{r.clear_fraction:.0%} CLEAR")]
+            [
+                (r.source, r.instruction),
+                (r.raw, "raw"),
+                (r.image, "composite"),
+                (r.mask, f"{r.clear_fraction:.0%} CLEAR"),
+            ]
             for r in results
         ]
     )

@@ -394,7 +394,9 @@ def _render_shapes(numbers, size, seed, photos, operations) -> Iterator[dict]:
     for number in range(*numbers):
         edit = shape_generator.random_edit(seed, number, photos, operations)
         row = {"key": f"shapes[{seed}:{number}]", "instruction": edit.instruction}
-        for side, picture in zip(("source", "target", "mask"), edit.render(*shape_generator.picture_size(seed, number, size))):
+        for side, picture in zip(
+            ("source", "target", "mask"), edit.render(*shape_generator.picture_size(seed, number, size))
+        ):
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")
             row[side] = {"path": None, "bytes": buffer.getvalue()}

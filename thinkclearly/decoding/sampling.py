@@ -15,7 +15,7 @@ def gumbel_noise(seed: int, sample: int, positions: int, classes: int) -> torch.
     """Standard Gumbel noise, float32 (positions, classes); drawn on the CPU so that every device sees the same."""
     key = int(np.random.SeedSequence((seed, sample)).generate_state(1, np.uint64)[0] >> 1)
     uniform = torch.rand(positions, classes, generator=torch.Generator().manual_seed(key))
-    return -torch.log(-torch.log(uniform.clamp(min=1e-20)).clamp(min=1e-20))
+    return -(-uniform.clamp(min=1e-20).log()).log()
 
 
 def warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:

@@ -14,7 +14,12 @@ from tqdm.auto import tqdm
 
 from thinkclearly.data.sources import EditExample
 from thinkclearly.editing.composite import composite
-from thinkclearly.evaluation.metrics import aggregate_clear_metrics, aggregate_image_metrics, clear_metrics, image_metrics
+from thinkclearly.evaluation.metrics import (
+    aggregate_clear_metrics,
+    aggregate_image_metrics,
+    clear_metrics,
+    image_metrics,
+)
 from thinkclearly.images import Letterbox, patch_difference
 
 

@@ -1,0 +1,265 @@
+"""Edits are repeatable, do not depend on what they are decoded with, and leave what is CLEAR to the byte."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_sample_image
+
+from thinkclearly.editing.editor import Editor, EditSettings
+from thinkclearly.images import Letterbox
+from thinkclearly.training.adapters import load_base, load_clear_model
+
+POSITIONS, CODES = 36, 128
+INSTRUCTIONS = ["Make the red circle blue.", "Night.", "Remove the green square from the table and nothing else."]
+
+
+@pytest.fixture(scope="module")
+def editor(golden):
+    model, processor = load_clear_model(golden / "finetune", base=golden / "checkpoint")
+    return Editor(model, processor)
+
+
+@pytest.fixture(scope="module")
+def base_editor(golden):
+    return Editor(*load_base(golden / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def pictures(golden):
+    return [golden / "images" / f"{name}.png" for name in ("square", "landscape", "portrait")]
+
+
+@pytest.fixture(scope="module")
+def bias(editor, pictures):
+    """Puts the gate's zero among its values: the tiny model copies some patches and paints others."""
+    return -editor.edit(pictures[0], INSTRUCTIONS[0], temperature=0).gate.median().item()
+
+
+def clear_pixels(result, size=96):
+    return Letterbox(*result.source.size, size).unfit_grid(result.clear)
+
+
+def largest_difference(a, b):
+    """The tokens are equal; their decoding is truncated to bytes and depends on the batch in the last bit."""
+    return np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max()
+
+
+def test_several_samples_differ_and_each_is_its_own(editor, pictures, bias):
+    options = {"seed": 3, "clear_bias": bias}
+    three = editor.edit(pictures[1], INSTRUCTIONS[0], num_images=3, **options)
+    five = editor.edit(pictures[1], INSTRUCTIONS[0], num_images=5, **options)
+    assert len(three) == 3 and len(five) == 5
+    assert len({tuple(result.ids.tolist()) for result in five}) == 5
+    for k, result in enumerate(three):
+        assert result.sample == k and result.seed == 3
+        assert torch.equal(result.ids, five[k].ids)
+        assert torch.equal(result.tokens, five[k].tokens)
+        assert largest_difference(result.image, five[k].image) <= 1
+        assert result.tokens.max() < CODES, "no instruction goes back into the model"
+    alone = editor.edit(pictures[1], INSTRUCTIONS[0], **options)
+    assert torch.equal(alone.ids, three[0].ids)
+    other = editor.edit(pictures[1], INSTRUCTIONS[0], **options | {"seed": 4})
+    assert not torch.equal(other.ids, alone.ids)
+    # Noise that is not noise (NaN, a constant) would repeat one code.
+    assert len(set(alone.codes.tolist())) > POSITIONS // 4
+
+
+@pytest.mark.parametrize("guidance", ["factorised", "joint"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_batch_gives_the_same_tokens_as_one_by_one(editor, pictures, bias, guidance, temperature):
+    options = {"temperature": temperature, "guidance": guidance, "clear_bias": bias, "seed": 1}
+    together = editor.edit_many(pictures, INSTRUCTIONS, **options)
+    for picture, instruction, result in zip(pictures, INSTRUCTIONS, together, strict=True):
+        alone = editor.edit(picture, instruction, **options)
+        assert torch.equal(result.ids, alone.ids)
+        assert torch.equal(result.tokens, alone.tokens)
+        assert torch.equal(result.codes, alone.codes)
+        torch.testing.assert_close(result.gate, alone.gate, atol=1e-4, rtol=1e-4)
+        assert largest_difference(result.image, alone.image) <= 1
+        assert result.instruction == instruction
+        assert result.image.size == Image.open(picture).size
+
+
+def test_settings_change_what_they_say(editor, pictures, bias):
+    options = {"temperature": 0.0, "clear_bias": bias, "cfg_weight": 3.0}
+    guided = editor.edit(pictures[0], INSTRUCTIONS[0], **options)
+    free = editor.edit(pictures[0], INSTRUCTIONS[0], **options, use_cfg=False)
+    full_row = editor.edit(pictures[0], INSTRUCTIONS[0], **options | {"cfg_weight": 1.0, "cfg_weight2": 0.0})
+    assert torch.equal(free.ids, full_row.ids), "weight 1 on the full row is no guidance"
+    assert not torch.equal(guided.codes, free.codes)
+    nothing = editor.edit(pictures[0], INSTRUCTIONS[0], temperature=0.0, clear_bias=-1e4)
+    assert nothing.clear_fraction == 0 and torch.equal(nothing.codes, nothing.tokens)
+    everything = editor.edit(pictures[0], INSTRUCTIONS[0], temperature=0.0, clear_bias=1e4)
+    assert everything.clear_fraction == 1 and torch.equal(everything.tokens, everything.source_tokens)
+    assert np.array_equal(everything.image, everything.source)
+    assert not np.array_equal(everything.raw, everything.token_composite), "raw is without CLEAR"
+    joint = editor.edit(pictures[0], INSTRUCTIONS[0], temperature=1.0, clear_bias=bias, guidance="joint", top_k=3)
+    painted = joint.ids < CODES
+    assert torch.equal(joint.codes[painted], joint.tokens[painted])
+
+
+def test_the_gate_decides_in_factorised_mode(editor, pictures, bias):
+    result = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias)
+    copied = result.ids >= CODES
+    assert 0 < copied.float().mean() < 1
+    assert torch.equal(copied, result.gate > 0)
+    assert torch.equal(result.tokens, torch.where(copied, result.source_tokens, result.ids))
+    assert result.clear_fraction == pytest.approx(copied.float().mean().item())
+    hot = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias, temperature=0)
+    assert (hot.gate[0] - result.gate[0]).abs() < 1e-5, "sampling has no part in the first decision"
+
+
+def test_a_large_photograph_keeps_its_size_and_its_clear_pixels(editor, bias):
+    photo = Image.fromarray(load_sample_image("china.jpg")).resize((3000, 2000), Image.Resampling.BICUBIC)
+    result = editor.edit(photo, INSTRUCTIONS[0], clear_bias=bias, temperature=0)
+    for picture in (result.image, result.raw, result.token_composite, result.input_decoded, result.mask):
+        assert picture.size == (3000, 2000)
+    pixels, found, source = clear_pixels(result), np.asarray(result.image), np.asarray(photo)
+    assert 0 < pixels.mean() < 1
+    assert np.array_equal(found[pixels], source[pixels])
+    assert np.array_equal(np.asarray(result.mask) > 127, pixels)
+    assert (found[~pixels] != source[~pixels]).any()
+
+
+def test_smoothing_changes_the_composite_not_the_mask(editor, pictures, bias):
+    plain = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias)
+    smooth = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias, mask_smooth_ksize=3, feather_radius_px=0)
+    assert torch.equal(plain.ids, smooth.ids)
+    assert np.array_equal(plain.mask, smooth.mask)
+    assert not np.array_equal(plain.clear, smooth.clear)
+    expected = np.where(clear_pixels(smooth)[..., None], smooth.source, smooth.token_composite)
+    assert np.array_equal(smooth.image, expected)
+
+
+def test_a_base_without_head_edits_but_never_copies(base_editor, pictures, tmp_path):
+    result = base_editor.edit(pictures[1], INSTRUCTIONS[0], num_images=2, clear_bias=1e4)[1]
+    assert result.clear_fraction == 0 and result.ids.max() < CODES
+    assert torch.equal(result.ids, result.tokens) and torch.equal(result.ids, result.codes)
+    assert result.gate.isnan().all()
+    assert np.array_equal(result.image, result.token_composite)
+    result.save(tmp_path, trace=True)
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in open(tmp_path / "token_trace.jsonl")]
+    assert {line["gate"] for line in lines} == {None}
+
+
+def test_saved_files_hold_the_result(editor, pictures, bias, tmp_path):
+    result = editor.edit(pictures[1], INSTRUCTIONS[0], clear_bias=bias, seed=11)
+    names = {f"{name}.png" for name in ("input_image", "input_decoded", "raw_model", "token_composite")}
+    names |= {"pixel_composite.png", "clear_mask.png", "result.json"}
+    result.save(tmp_path / "a" / "b")
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == names
+    result.save(tmp_path / "c", trace=True)
+    assert {path.name for path in (tmp_path / "c").iterdir()} == names | {"token_trace.jsonl"}
+    assert np.array_equal(Image.open(tmp_path / "c" / "pixel_composite.png"), result.image)
+    assert np.array_equal(Image.open(tmp_path / "c" / "input_image.png"), result.source)
+    content = json.loads((tmp_path / "c" / "result.json").read_text())
+    assert content["instruction"] == INSTRUCTIONS[0] and content["seed"] == 11
+    assert content["size"] == [500, 333] and content["ids"] == result.ids.tolist()
+    assert EditSettings(**content["settings"]).clear_bias == bias
+    trace = [json.loads(line) for line in (tmp_path / "c" / "token_trace.jsonl").read_text().splitlines()]
+    assert [line["position"] for line in trace] == list(range(POSITIONS))
+    assert [line["id"] for line in trace] == result.ids.tolist()
+    assert trace[7]["row"] == 1 and trace[7]["column"] == 1
+    assert trace[7]["gate"] == pytest.approx(result.gate[7].item())
+
+
+def test_progress_is_told_at_every_position(editor, pictures):
+    calls = []
+    editor.edit(pictures[0], INSTRUCTIONS[0], num_images=2, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, POSITIONS) for done in range(1, POSITIONS + 1)]
+    calls.clear()
+    editor.generate("a red circle", progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, POSITIONS) for done in range(1, POSITIONS + 1)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"instruction": "  "}, ValueError, "empty instruction"),
+        ({"num_images": 0}, ValueError, "num_images=0"),
+        ({"temperature": -1.0}, ValueError, "temperature=-1.0"),
+        ({"temperature": math.nan}, ValueError, "temperature=nan"),
+        ({"feather": "soft"}, ValueError, "feather='soft'"),
+        ({"feather_radius_px": -1.0}, ValueError, "feather_radius_px=-1.0"),
+        ({"mask_smooth_ksize": 2}, ValueError, "mask_smooth_ksize=2"),
+        ({"mask_smooth_passes": -1}, ValueError, "mask_smooth_passes=-1"),
+        ({"cfg": 3.0}, TypeError, r"\['cfg'\].*cfg_weight"),
+        ({"image": "nowhere.png"}, ValueError, "nowhere.png"),
+    ],
+    ids=str,
+)
+def test_wrong_questions_are_refused_before_any_work(editor, pictures, wrong, error, message):
+    arguments = {"image": pictures[0], "instruction": "Night."} | wrong
+    calls = []
+    with pytest.raises(error, match=message):
+        editor.edit(**arguments, progress=lambda *_: calls.append(1))
+    assert not calls
+
+
+def test_each_picture_needs_an_instruction(editor, pictures):
+    with pytest.raises(ValueError, match="2 pictures and 1 instructions"):
+        editor.edit_many(pictures[:2], ["Night."])
+    with pytest.raises(ValueError, match="0 pictures"):
+        editor.edit_many([], [])
+
+
+def test_a_checkpoints_own_settings_are_the_defaults(editor, pictures):
+    model = editor.model
+    try:
+        model.clear_config.edit = {"temperature": 0.0, "cfg_weight": 2.0}
+        assert Editor(model, editor.processor).settings == EditSettings(temperature=0.0, cfg_weight=2.0)
+        model.clear_config.edit = {"invented_later": 1}
+        with pytest.raises(TypeError, match="invented_later"):
+            Editor(model, editor.processor)
+    finally:
+        model.clear_config.edit = {}
+
+
+def test_text_to_image(editor):
+    (greedy,) = editor.generate("a red circle on the left", temperature=0, cfg_weight=5.0)
+    assert greedy.size == (96, 96)
+    pictures = editor.generate("a red circle on the left", num_images=3, seed=2)
+    assert len({picture.tobytes() for picture in pictures}) == 3
+    again = editor.generate("a red circle on the left", num_images=4, seed=2)
+    assert all(largest_difference(a, b) <= 1 for a, b in zip(pictures, again))
+    (free,) = editor.generate("a red circle on the left", use_cfg=False, temperature=0)
+    assert free.size == (96, 96)
+    for wrong in ({"prompt": " "}, {"prompt": "x", "num_images": 0}):
+        with pytest.raises(ValueError, match="empty|num_images"):
+            editor.generate(**wrong)
+
+
+def test_text_to_image_is_the_references(base_editor, golden):
+    expected = load_file(golden / "expected.safetensors")["t2i_a.decoded"]
+    (picture,) = base_editor.generate("a red circle on the left", temperature=0, cfg_weight=5.0)
+    pixels = ((expected.clamp(-1, 1) + 1) / 2 * 255).numpy().transpose(1, 2, 0)
+    assert np.abs(np.asarray(picture) - pixels).max() < 1.01, "truncated to bytes"
+
+
+def test_questions_are_answered_as_the_reference_does(base_editor, golden):
+    expected = load_file(golden / "expected.safetensors")
+    question = json.loads((golden / "prompts.json").read_text(encoding="utf-8"))["question"]
+    for name in ("square", "landscape", "portrait"):
+        path = golden / "images" / f"{name}.png"
+        ids = expected[f"{name}.understand.greedy_ids"]
+        (answer,) = base_editor.describe(path, question, max_new_tokens=len(ids))
+        assert answer == base_editor.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_answers_can_be_drawn(base_editor, pictures):
+    options = {"num_answers": 3, "temperature": 1.0, "max_new_tokens": 8, "seed": 5}
+    state, python = torch.get_rng_state(), random.getstate()
+    answers = base_editor.describe(pictures[0], "What is it?", **options)
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python
+    assert len(answers) == 3 and len(set(answers)) > 1
+    assert base_editor.describe(pictures[0], "What is it?", **options) == answers
+    with pytest.raises(ValueError, match="num_answers=3 at temperature 0"):
+        base_editor.describe(pictures[0], "What is it?", num_answers=3)
+    with pytest.raises(ValueError, match="top_p=2"):
+        base_editor.describe(pictures[0], "What is it?", temperature=1.0, top_p=2)
