@@ -31,7 +31,7 @@ setup(
         "torch>=2.6",
         "torchmetrics>=1.7",
         "tqdm>=4.66",
-        "transformers>=5.0",
+        "transformers>=5.23",
     ],
     extras_require={
         "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.14"],

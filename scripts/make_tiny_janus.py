@@ -3,6 +3,7 @@
     python scripts/make_tiny_janus.py vq      # autoencoder on unit latents, k-means codebook, quantized
     python scripts/make_tiny_janus.py lm      # edits and text-to-image, until source codes are copied
     python scripts/make_tiny_janus.py edit    # the same with more weight on what an edit changes
+    python scripts/make_tiny_janus.py refine  # the same on clean targets, with Muon
 
 The result has no CLEAR head: it is a base model in the manner of Janus-4o, which the demo fine-tunes.
 """
@@ -33,7 +34,7 @@ from transformers import (
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from thinkclearly.data.shapes import packaged_photos, picture_size, random_edit
-from thinkclearly.images import Letterbox
+from thinkclearly.images import Letterbox, patch_difference
 from thinkclearly.models.backbone import embed_prompt, encode_tokens, image_features, teacher_forced_hidden
 from thinkclearly.models.prompt import (
     BOS,
@@ -66,6 +67,8 @@ class Stage:
     conditions: tuple[float, float, float] = (1.0, 0.0, 0.0)  # full, part, uncond
     text_share: float = 0.0  # of text-to-image among the rows
     changed_weight: float = 1.0  # of tokens that the edit changes
+    clean: bool = False  # targets keep the source's code where no pixel changed
+    muon: bool = False  # for the matrices inside the layers; else AdamW for everything
 
     def rate(self, step: int, floor: float) -> float:
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.schedule))
@@ -76,12 +79,13 @@ AUTOENCODER_STEPS = 1400
 STAGES = {
     "vq": Stage(seed=1, batch=8, steps=3200, schedule=3200, lr=1e-3, warmup=50),
     "lm": Stage(4, 32, 1000, 2800, 1.5e-3, 100, conditions=(0.85, 0.10, 0.05), text_share=1 / 8),
-    "edit": Stage(6, 32, 1800, 1800, 1.2e-3, 60, conditions=(0.75, 0.15, 0.10), text_share=1 / 16, changed_weight=3.0),
+    "edit": Stage(6, 32, 500, 1800, 1.2e-3, 60, conditions=(0.75, 0.15, 0.10), text_share=1 / 16, changed_weight=3.0),
+    "refine": Stage(7, 24, 1800, 1800, 1.5e-3, 40, (0.75, 0.15, 0.10), 1 / 12, 3.0, clean=True, muon=True),
 }
 
 
 class Edits(Dataset):
-    """Random edits: instruction, caption, and source and target as uint8 (2, S, S, 3)."""
+    """Random edits: instruction, caption, source and target as uint8 (2, S, S, 3), unchanged patches, bool (N,)."""
 
     def __init__(self, seed: int, photos: list[str], square: bool = False):
         self.seed, self.photos, self.square = seed, photos, square
@@ -93,14 +97,15 @@ class Edits(Dataset):
         edit = random_edit(self.seed, index, self.photos)
         size = (IMAGE_SIZE, IMAGE_SIZE) if self.square else picture_size(self.seed, index, IMAGE_SIZE)
         box = Letterbox(*size, IMAGE_SIZE)
-        pair = [np.asarray(box.fit(picture)) for picture in edit.render(*size)[:2]]
-        return edit.instruction, edit.before.caption(), np.stack(pair)
+        source, target = (box.fit(picture) for picture in edit.render(*size)[:2])
+        unchanged = patch_difference(source, target, IMAGE_SIZE // PATCH).ravel() <= 16
+        return edit.instruction, edit.before.caption(), np.stack([source, target]), unchanged
 
 
 def collate(rows):
-    """Instructions, captions, and pixels (B, 2, 3, S, S) in [-1, 1]."""
+    """Instructions, captions, pixels (B, 2, 3, S, S) in [-1, 1], and unchanged patches (B, N)."""
     pixels = torch.from_numpy(np.stack([row[2] for row in rows])).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
-    return [row[0] for row in rows], [row[1] for row in rows], pixels
+    return [row[0] for row in rows], [row[1] for row in rows], pixels, torch.from_numpy(np.stack([r[3] for r in rows]))
 
 
 def batches(stage: Stage, square: bool = False):
@@ -258,22 +263,68 @@ def build_model(vq_state: dict, tokenizer) -> JanusForConditionalGeneration:
     return model
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised by Newton-Schulz in float32 (Jordan et al. 2024, Muon), for matrices.
+
+    torch.optim.Muon does the same in bfloat16 one matrix at a time, which a CPU is slow at; here all matrices of one
+    shape go through one batched product.
+    """
+
+    def __init__(self, parameters, lr: float, momentum: float = 0.95, weight_decay: float = 0.05):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, members in shapes.items():
+                updates = []
+                for p in members:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(momentum, group["momentum"]))
+                update = orthogonal(torch.stack(updates))
+                for p, u in zip(members, update):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(u, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
+def orthogonal(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """About U·Vᵀ of each matrix's singular value decomposition; (B, rows, columns)."""
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
 def token_loss(model, embeds, prompt, target) -> torch.Tensor:
     logits = model.model.generation_head(teacher_forced_hidden(model, embeds, prompt.attention_mask, target))
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
 
 
-def edit_loss(model, processor, batch, conditions):
-    """Loss of every token (B, N), and where source and target have the same code."""
-    instructions, _, pixels = batch
+def edit_loss(model, processor, batch, conditions, clean: bool):
+    """Loss of every token (B, N), and where the target is the source.
+
+    By tokens an edit changes far more than its patches, since the tokenizer looks at the whole picture. `clean`
+    targets have the source's code in every patch whose pixels did not change.
+    """
+    instructions, _, pixels, unchanged = batch
     source, target = encode_tokens(model, pixels.flatten(0, 1)).view(len(instructions), 2, -1).unbind(1)
+    if clean:
+        target = torch.where(unchanged, source, target)
     prompt = processor.edit_rows(instructions, conditions)
     embeds = embed_prompt(model, prompt, image_features(model, pixels[:, 0]), source)
     return token_loss(model, embeds, prompt, target), source == target
 
 
 def picture_loss(model, processor, batch, conditions):
-    _, captions, pixels = batch
+    _, captions, pixels, _ = batch
     prompt = processor.generate_rows(captions, conditions)
     return token_loss(model, embed_prompt(model, prompt), prompt, encode_tokens(model, pixels[:, 0]))
 
@@ -287,33 +338,35 @@ def train_lm(stage: Stage, directory: Path, continued: bool) -> None:
         model.load_state_dict(load_file(directory / "model" / "model.safetensors"))
     processor = ClearEditProcessor(tokenizer, IMAGE_SIZE, TOKENS)
     trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and ".layers." in n]
+    inside = {id(p) for p in matrices} if stage.muon else set()
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in trained if p.ndim > 1 and id(p) not in inside], "weight_decay": 0.05},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.98))
+    optimizers = [torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.98))]
+    if stage.muon:
+        optimizers.append(Muon(matrices, lr=stage.lr))
     data, test = batches(stage), held_out()
     texts = round(stage.batch * stage.text_share)
     for step in (bar := tqdm(range(stage.steps), desc="language model")):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = stage.rate(step, floor=0.05)
-        instructions, captions, pixels = next(data)
-        edits = (instructions[texts:], captions[texts:], pixels[texts:])
+        rows = next(data)
         conditions = rng.choice([FULL, PART, UNCOND], stage.batch - texts, p=stage.conditions).tolist()
-        loss, same = edit_loss(model, processor, edits, conditions)
+        loss, same = edit_loss(model, processor, [part[texts:] for part in rows], conditions, stage.clean)
         weight = torch.where(same, 1.0, stage.changed_weight)
         text_conditions = rng.choice([FULL, UNCOND], texts, p=[0.9, 0.1]).tolist()
-        text_loss = picture_loss(
-            model, processor, (instructions[:texts], captions[:texts], pixels[:texts]), text_conditions
-        )
+        text_loss = picture_loss(model, processor, [part[:texts] for part in rows], text_conditions)
         share = texts / stage.batch
-        optimizer.zero_grad()
+        model.zero_grad()
         ((1 - share) * (loss * weight).sum() / weight.sum() + share * text_loss.mean()).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if (step + 1) % 250 == 0 or step + 1 == stage.steps:
             with torch.no_grad():
-                loss, same = edit_loss(model, processor, test, [FULL] * len(test[0]))
+                loss, same = edit_loss(model, processor, test, [FULL] * len(test[0]), stage.clean)
             bar.write(f"step {step + 1}: held-out loss same {loss[same].mean():.3f} changed {loss[~same].mean():.3f}")
             state = {name: tensor.to(torch.bfloat16).clone() for name, tensor in model.state_dict().items()}
             model.save_pretrained(directory / "model", state_dict=state)
@@ -331,4 +384,4 @@ if __name__ == "__main__":
     if arguments.stage == "vq":
         train_vq(STAGES["vq"], arguments.output_dir)
     else:
-        train_lm(STAGES[arguments.stage], arguments.output_dir, continued=arguments.stage == "edit")
+        train_lm(STAGES[arguments.stage], arguments.output_dir, continued=arguments.stage != "lm")

@@ -1,4 +1,4 @@
-"""One decoding loop gives what the reference gives: text-to-image, three-row edits, and the original's CLEAR fine-tune."""
+"""One decoding loop gives what the reference does: text-to-image, three-row edits, the original's CLEAR fine-tune."""
 
 import json
 

@@ -151,7 +151,7 @@ def test_a_base_without_head_edits_but_never_copies(base_editor, pictures, tmp_p
 def test_saved_files_hold_the_result(editor, pictures, bias, tmp_path):
     result = editor.edit(pictures[1], INSTRUCTIONS[0], clear_bias=bias, seed=11)
     names = {f"{name}.png" for name in ("input_image", "input_decoded", "raw_model", "token_composite")}
-    names |= {"pixel_composite.png", "clear_mask.png", "result.json"}
+    names |= {"pixel_composite.png", "clear_mask.png", "copy_matching_tokens.png", "result.json"}
     result.save(tmp_path / "a" / "b")
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == names
     result.save(tmp_path / "c", trace=True)

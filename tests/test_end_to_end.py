@@ -124,7 +124,8 @@ def test_wrong_input_is_a_message_and_not_a_traceback(trained, tmp_path):
 
 def test_demo_writes_its_report(tmp_path):
     run(BIN / "thinkclearly", "demo", "recipes/tiny.yaml", "--output_dir", tmp_path / "demo", "--limit", 48,
-        "--eval_samples", 4, "--max_steps", 2, "--eval_steps", 2, "--demo_edits", 4, "--demo_photo_edits", 1)  # fmt: skip
+        "--eval_samples", 4, "--max_steps", 2, "--eval_steps", 2,
+        "--demo_edits", 4, "--demo_photo_edits", 1)  # fmt: skip
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert "pixel_composite" in page or "composite" in page
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())

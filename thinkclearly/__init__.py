@@ -1,4 +1,4 @@
-"""ThinkClearly: picture editing with instruction tokens. What nobody asked to change stays the source, byte for byte."""
+"""ThinkClearly: picture editing with instruction tokens; what nobody asked to change stays the source's own bytes."""
 
 from thinkclearly.data.prepare import prepare_dataset
 from thinkclearly.editing.editor import Editor, EditResult, EditSettings

@@ -177,6 +177,7 @@ def train(
         backbone,
         model_args.base_model,
         config,
+        revision=model_args.model_revision,
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,

@@ -77,12 +77,19 @@ class EditResult:
     gate: torch.Tensor
     clear: np.ndarray
     clear_fraction: float
+    letterbox: Letterbox
     instruction: str
     seed: int
     sample: int
     settings: dict = field(default_factory=dict)
     passes: int = 0
     seconds: dict = field(default_factory=dict)
+
+    def copy_matching_tokens(self) -> Image.Image:
+        """What needs no CLEAR: the raw picture, with source pixels wherever its code equals the source's."""
+        same = (self.codes == self.source_tokens).view(self.clear.shape).numpy()
+        blend = self.settings["feather_radius_px"], self.settings["feather"]
+        return composite(self.source, self.raw, same, self.letterbox, *blend)
 
     def save(self, directory: str | Path, trace: bool = False) -> None:
         """Writes the original's file names, `result.json`, and on request `token_trace.jsonl`, one line a position."""
@@ -94,6 +101,7 @@ class EditResult:
             "raw_model": self.raw,
             "token_composite": self.token_composite,
             "pixel_composite": self.image,
+            "copy_matching_tokens": self.copy_matching_tokens(),
             "clear_mask": self.mask,
         }
         for name, picture in pictures.items():
@@ -239,6 +247,7 @@ class Editor:
             gate=decoded.gate[k].cpu(),
             clear=clear,
             clear_fraction=float(chosen[box.content(grid)].mean()),
+            letterbox=box,
             instruction="",
             seed=0,
             sample=0,

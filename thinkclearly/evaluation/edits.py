@@ -13,7 +13,6 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from thinkclearly.data.sources import EditExample
-from thinkclearly.editing.composite import composite
 from thinkclearly.evaluation.metrics import (
     aggregate_clear_metrics,
     aggregate_image_metrics,
@@ -73,13 +72,12 @@ def evaluate_edits(
     with tqdm(total=total, desc="edit", unit="picture") as bar:
         for batch in _batches(examples, batch_size):
             results = editor.edit_many([e.source for e in batch], [e.instruction for e in batch], seed=seed)
-            matched = _copy_matching_tokens(editor, results)
-            for example, result, copied in zip(batch, results, matched):
+            for example, result in zip(batch, results):
                 rows = {
                     "raw": result.raw,
                     "token_composite": result.token_composite,
                     "pixel_composite": result.image,
-                    "copy_matching_tokens": copied,
+                    "copy_matching_tokens": result.copy_matching_tokens(),
                     "input_decoded": result.input_decoded,
                     "copy_source": example.source,
                 }
@@ -132,21 +130,6 @@ def _unchanged(example: EditExample, editor, tolerance: int) -> np.ndarray:
     processor = editor.processor
     source, target = (Letterbox(*p.size, processor.image_size).fit(p) for p in (example.source, example.target))
     return patch_difference(source, target, processor.grid).ravel() <= tolerance
-
-
-def _copy_matching_tokens(editor, results) -> list[Image.Image]:
-    """What needs no CLEAR: the raw picture with source pixels wherever the raw code equals the source's."""
-    grid = editor.processor.grid
-    return [
-        composite(
-            r.source,
-            r.raw,
-            (r.codes == r.source_tokens).view(grid, grid).numpy(),
-            Letterbox(*r.source.size, editor.processor.image_size),
-            editor.settings.feather_radius_px,
-        )
-        for r in results
-    ]
 
 
 def _report(example: EditExample, result, done: bool | None) -> dict:

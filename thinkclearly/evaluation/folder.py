@@ -24,7 +24,7 @@ from thinkclearly.images import MASK_THRESHOLD, load_image, load_mask
 logger = logging.getLogger(__name__)
 
 SOURCES = ("input_image.png", "source.png")
-PREDICTIONS = ("raw_model", "token_composite", "pixel_composite", "input_decoded")
+PREDICTIONS = ("raw_model", "token_composite", "pixel_composite", "copy_matching_tokens", "input_decoded")
 COPY = "copy_source"
 
 
@@ -32,7 +32,8 @@ def evaluate_folder(directory: str | os.PathLike) -> dict:
     """Measure one result folder, or every result folder directly inside a folder.
 
     A result folder holds `input_image.png` (or `source.png`) and at least one of `raw_model.png`,
-    `token_composite.png`, `pixel_composite.png` and `input_decoded.png`, all of the source's size. Optional:
+    `token_composite.png`, `pixel_composite.png`, `copy_matching_tokens.png` and `input_decoded.png`, all of the
+    source's size. Optional:
 
     - `mask.png`: the true edit, white where edited (or transparent, as MagicBrush). Splits every comparison into
       inside and outside. Without it `clear_mask.png` does, which then says how far the model kept its own word, not

@@ -40,7 +40,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.25rem; 
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .25rem 0; }
+table { border-collapse: collapse; width: 100%; margin: .25rem 0; }
+table { font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding: .75rem 0 .25rem; }
 th, td { padding: .4rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; }
@@ -101,9 +102,10 @@ def write_report(
     if metrics:
         body.append("<h2>Metrics</h2>" + "".join(_tables(name, table) for name, table in metrics.items()))
         body.append(
-            '<p class="soft">MSE in squared levels of 255, averaged over each region’s own pixels. One exact copy makes '
-            "the mean PSNR infinite; the pooled one takes all pixels as one picture. “Copy the source” edits nothing: "
-            "numbers against the source flatter it, so read them beside those against the target or the edit itself.</p>"
+            '<p class="soft">MSE in squared levels of 255, averaged over each region’s own pixels. One exact copy '
+            "makes the mean PSNR infinite; the pooled one takes all pixels as one picture. “Copy the source” edits "
+            "nothing: numbers against the source flatter it, so read them beside those against the target or the "
+            "edit itself.</p>"
         )
     charts = _curves(curves)
     if charts:

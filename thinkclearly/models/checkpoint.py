@@ -1,7 +1,7 @@
 """Janus checkpoints in and out: native folders, DeepSeek's layout, and a DeepSeek model already in memory.
 
-Everything becomes transformers' own `JanusForConditionalGeneration`, with three rules that the native classes do not
-have: the image tokenizer stays in float32 whatever the dtype (its ids depend on it), its codebook rows have unit length
+Everything becomes transformers' own `JanusForConditionalGeneration`, with three rules that the native classes lack:
+the image tokenizer stays in float32 whatever the dtype (its ids depend on it), its codebook rows have unit length
 (native encoding does not normalise them, DeepSeek's does), and no weight is ever left random.
 """
 
@@ -45,16 +45,16 @@ def load_janus(
     """Loads a Janus model, converting DeepSeek's layout (`model_type: multi_modality`) while it reads.
 
     Args:
-        name_or_path (`str` or `os.PathLike`): a folder, or a Hub id. Weights may be safetensors or `.bin`, in one file or
-            in shards, with or without an index. No remote code is run.
+        name_or_path (`str` or `os.PathLike`): a folder, or a Hub id. Weights may be safetensors or `.bin`, in one file
+            or in shards, with or without an index. No remote code is run.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of everything but the image tokenizer, which is
             float32, in eval mode and frozen whatever this says.
         device (`torch.device` or `str`, *optional*): where the model goes; the CPU by default.
         revision (`str`, *optional*): branch, tag or commit of a Hub id.
         token (`str`, *optional*): for a private Hub id.
         attn_implementation (`str`, *optional*): as in transformers (`"sdpa"`, `"eager"`, …).
-        quantization_config (*optional*): as in transformers, for native checkpoints. Modules outside the language model
-            are left alone unless it names `llm_int8_skip_modules` itself.
+        quantization_config (*optional*): as in transformers, for native checkpoints. Modules outside the language
+            model are left alone unless it names `llm_int8_skip_modules` itself.
         device_map (*optional*): as in transformers, for native checkpoints.
 
     Returns:
@@ -87,8 +87,8 @@ def load_janus(
     elif model_type == "multi_modality":
         if quantization_config is not None or device_map is not None:
             raise ValueError(
-                f"{name_or_path} is in DeepSeek's layout, which is converted tensor by tensor: quantization_config and "
-                "device_map need a native checkpoint. Convert it once with `thinkclearly convert` and load the result."
+                f"{name_or_path} is in DeepSeek's layout, which is converted tensor by tensor: quantization_config "
+                "and device_map need a native checkpoint. Convert it with `thinkclearly convert` and load the result."
             )
         if not Path(name_or_path).is_dir():
             folder = _folder(name_or_path, ("*.safetensors",), revision, token)
@@ -132,14 +132,14 @@ def export_deepseek(
 ) -> Path:
     """Writes a native model in DeepSeek's layout: `config.json`, processor files and safetensors shards.
 
-    Loading the result gives the same native weights bit by bit. DeepSeek's classes load it too, but for SigLIP's pooling
-    head (`attn_pool`), which Janus never uses and which native checkpoints do not have: pass them `strict=False`.
+    Loading the result gives the same native weights bit by bit. DeepSeek's classes load it too, but for SigLIP's
+    pooling head (`attn_pool`), which Janus never uses and native checkpoints do not have: pass them `strict=False`.
 
     Args:
         model (`JanusForConditionalGeneration`): the model; adapters merged, not quantised.
         directory (`str` or `os.PathLike`): a new or empty folder. It appears under this name only when complete.
-        processor_source (`str` or `os.PathLike`, *optional*): folder or Hub id from which the tokenizer files are copied,
-            and the processor files if they are DeepSeek's.
+        processor_source (`str` or `os.PathLike`, *optional*): folder or Hub id from which the tokenizer files are
+            copied, and the processor files if they are DeepSeek's.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): largest weight file.
 
     Returns:
@@ -159,7 +159,8 @@ def export_deepseek(
     if getattr(model, "is_quantized", False) or state.keys() != plain.keys():
         raise ValueError(
             "The model is quantised or has adapters in it, which DeepSeek's layout cannot hold (other than plain: "
-            f"{', '.join(sorted(state.keys() ^ plain.keys())[:3]) or 'dtypes'}). Load it unquantised, merge the adapters."
+            f"{', '.join(sorted(state.keys() ^ plain.keys())[:3]) or 'dtypes'}). Load it unquantised and merge the "
+            "adapters."
         )
     groups: dict[str, list[str]] = {}
     for key in state:
@@ -261,7 +262,7 @@ def _load_native(source, **kwargs) -> JanusForConditionalGeneration:
 
 
 def _finish(model: JanusForConditionalGeneration) -> JanusForConditionalGeneration:
-    """The rules of this module about the image tokenizer; its codebook is left alone where its rows are unit already."""
+    """The rules of this module about the image tokenizer; codebook rows that are unit already are left alone."""
     vq = model.model.vqmodel
     vq.float().requires_grad_(False)
     vq.config.dtype = torch.float32
@@ -337,7 +338,8 @@ def _check_keys(model, shapes, source):
         if wrong := {name: tuple(t.shape) for name, t in parts.items() if tuple(t.shape) != expected[name]}:
             name, part = next(iter(wrong.items()))
             problems["mismatched"].append(
-                f"{key} {shape} (in {file}): native {name} would be {part}, config and other weights make it {expected[name]}"
+                f"{key} {shape} (in {file}): native {name} would be {part}, config and other weights make it "
+                f"{expected[name]}"
             )
     problems["missing"] = sorted({deepseek.deepseek_key(name) for name in expected.keys() - found})
     _raise_problems(source, {name: keys for name, keys in problems.items() if keys})
@@ -358,7 +360,7 @@ def _raise_problems(source: str, problems: dict[str, list[str]]):
 
 
 def _set_special_ids(model: JanusForConditionalGeneration, folder: Path):
-    """Ids differ between checkpoints, so they come from the tokenizer files by string; native `generate` needs them."""
+    """Ids differ between checkpoints: they come from the tokenizer files by string; native `generate` needs them."""
     tokenizer, tokenizer_config = _read_json(folder / "tokenizer.json"), _read_json(folder / "tokenizer_config.json")
     ids = {item["content"]: int(i) for i, item in tokenizer_config.get("added_tokens_decoder", {}).items()}
     ids |= {item["content"]: item["id"] for item in tokenizer.get("added_tokens", [])}

@@ -1,7 +1,7 @@
 """The names and numbers of DeepSeek's Janus layout, and of the native one, without reading or writing any file.
 
-DeepSeek's `config.json` leaves out most of the architecture (its code has it), so the native config is derived from the
-shapes of the weights. What is not in the shapes is stated where it is used.
+DeepSeek's `config.json` leaves out most of the architecture (its code has it), so the native config is derived from
+the shapes of the weights. What is not in the shapes is stated where it is used.
 """
 
 import math
@@ -24,7 +24,7 @@ _PREFIXES = [
     ("vision_model.vision_tower.norm", "model.vision_model.post_layernorm"),
     ("aligner.layers.0", "model.aligner.fc1"),
     ("gen_aligner.layers.0", "model.generation_aligner.fc1"),
-    # A projector is Linear, GELU, Linear, …: its linears have even numbers, the native list counts from the second one.
+    # A projector is Linear, GELU, Linear, …: its linears have even numbers, the native list counts from the second.
     *((f"aligner.layers.{2 * i + 2}", f"model.aligner.hidden_layers.{i}") for i in range(4)),
     *((f"gen_aligner.layers.{2 * i + 2}", f"model.generation_aligner.hidden_layers.{i}") for i in range(4)),
     ("gen_embed", "model.generation_embeddings"),
@@ -57,8 +57,8 @@ def _rules(source: int) -> list[tuple[re.Pattern, str]]:
     rules = []
     for pair in _PREFIXES:
         pattern = re.escape(pair[source]).replace(r"\*", r"(\d+)")
-        numbers = iter(range(1, 10))
-        replacement = re.sub(r"\*", lambda _: f"\\g<{next(numbers)}>", pair[1 - source])  # noqa: B023
+        first, *others = pair[1 - source].split("*")
+        replacement = first + "".join(f"\\g<{number}>{part}" for number, part in enumerate(others, 1))
         rules.append((re.compile(pattern + r"(?=\.)"), replacement))
     return rules
 
@@ -91,7 +91,7 @@ def to_native(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
 
 
 def deepseek_key(key: str) -> str | None:
-    """DeepSeek's name of the tensor in which a native parameter is kept; `None` when its layout has no place for it."""
+    """DeepSeek's name of the tensor that keeps a native parameter; `None` when its layout has no place for it."""
     if key == _POSITIONS[1]:
         return _POSITIONS[0]
     if match := _Q_K_V.fullmatch(key):
@@ -116,9 +116,9 @@ def native_config(config: dict, shapes: dict[str, tuple[int, ...]], source: str)
 
     Sizes and depths come from the shapes, the image size from the config (checked against the number of positions),
     the language model from `language_config`, whose absent fields are `LlamaConfig`'s defaults as in DeepSeek's code.
-    The number of SigLIP heads is in neither: `vision_config.params.heads` if it is there (our exports write it, DeepSeek's
-    code ignores it), else 16, which both towers that DeepSeek's code knows have, but never heads narrower than 16
-    channels.
+    The number of SigLIP heads is in neither: `vision_config.params.heads` if it is there (our exports write it,
+    DeepSeek's code ignores it), else 16, which both towers that DeepSeek's code knows have, but never heads narrower
+    than 16 channels.
 
     Raises:
         ValueError: JanusFlow, a tower or a projector that native Janus does not have, a missing key, contradictions.
@@ -128,8 +128,8 @@ def native_config(config: dict, shapes: dict[str, tuple[int, ...]], source: str)
     def shape(key):
         if key not in shapes:
             raise ValueError(
-                f"{source} has no tensor {key!r} among its {len(shapes)}. A DeepSeek Janus checkpoint must have it: check "
-                "that every weight file was downloaded."
+                f"{source} has no tensor {key!r} among its {len(shapes)}. A DeepSeek Janus checkpoint must have it: "
+                "check that every weight file was downloaded."
             )
         return shapes[key]
 
@@ -170,8 +170,8 @@ def native_config(config: dict, shapes: dict[str, tuple[int, ...]], source: str)
     levels = count(f"{vq}.decoder.conv_blocks")
     if image_size // 2 ** (levels - 1) != image_size // patch:
         raise ValueError(
-            f"{source}: the tokenizer of {levels} levels makes a grid of {image_size // 2 ** (levels - 1)} tokens a side, "
-            f"SigLIP one of {image_size // patch}. Native Janus needs the two to be equal."
+            f"{source}: the tokenizer of {levels} levels makes a grid of {image_size // 2 ** (levels - 1)} tokens a "
+            f"side, SigLIP one of {image_size // patch}. Native Janus needs the two to be equal."
         )
     widths = [shape(f"{vq}.decoder.conv_blocks.{level}.res.0.conv2.weight")[0] for level in reversed(range(levels))]
     embed_dim, latent = shape(f"{vq}.quant_conv.weight")[:2]
@@ -215,8 +215,8 @@ def _check_family(config: dict, source: str):
         )
     if vision.get("pixel_mean") is not None or vision.get("select_layers"):
         raise ValueError(
-            f"{source}: vision_config has pixel_mean or select_layers; native Janus neither normalises pixels inside the "
-            "tower nor joins layers."
+            f"{source}: vision_config has pixel_mean or select_layers; native Janus neither normalises pixels inside "
+            "the tower nor joins layers."
         )
     for name in ("aligner_config", "gen_aligner_config"):
         kind = config[name].get("params", {}).get("projector_type", "mlp_gelu")
@@ -245,6 +245,7 @@ def deepseek_config(config: JanusConfig, dtype: torch.dtype) -> dict:
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     projector = {"projector_type": "mlp_gelu"}
+    tower = "large" if vision.patch_size == 16 else "so400m"
     return {
         "architectures": ["MultiModalityCausalLM"],
         "model_type": "multi_modality",
@@ -255,7 +256,7 @@ def deepseek_config(config: JanusConfig, dtype: torch.dtype) -> dict:
             "model_type": "vision",
             "params": {
                 "image_size": vision.image_size,
-                "model_name": f"siglip_{'large' if vision.patch_size == 16 else 'so400m'}_patch{vision.patch_size}_384",
+                "model_name": f"siglip_{tower}_patch{vision.patch_size}_384",
                 "select_feature": "same",
                 "select_layer": -1,
                 "heads": vision.num_attention_heads,

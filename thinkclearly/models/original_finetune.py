@@ -48,9 +48,9 @@ def read_original_finetune(
             `gen_head_clear.pt`.
 
     Returns:
-        `(config, lora, weight, bias)`: a `LoraConfig` whose targets are full native names (the original's suffixes would
-        also match SigLIP's `q_proj`); the LoRA tensors under the names that `set_peft_model_state_dict` takes on a
-        `PeftModel` over `JanusForConditionalGeneration`; the CLEAR linear, float32 (1, H) and (1,).
+        `(config, lora, weight, bias)`: a `LoraConfig` whose targets are full native names (the original's suffixes
+        would also match SigLIP's `q_proj`); the LoRA tensors under the names that `set_peft_model_state_dict` takes on
+        a `PeftModel` over `JanusForConditionalGeneration`; the CLEAR linear, float32 (1, H) and (1,).
 
     Raises:
         FileNotFoundError: a file is missing; nothing is ever left random.
@@ -87,8 +87,8 @@ def read_original_finetune(
         native = to_native(f"{name}.weight", torch.empty(0, device="meta"))
         if not native or not name.startswith(("language_model.model.layers.", "gen_head.")):
             raise ValueError(
-                f"{directory} adapts {name!r}; the original script adapts the language model's layers and the generation "
-                "head only."
+                f"{directory} adapts {name!r}; the original script adapts the language model's layers and the "
+                "generation head only."
             )
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != rank or pair["B"].shape[-1] != rank:
             found = {f"lora_{matrix}": tuple(tensor.shape) for matrix, tensor in sorted(pair.items())}
@@ -107,9 +107,9 @@ def read_original_finetune(
     widths = {pair["A"].shape[1] for name, pair in pairs.items() if name.endswith(("q_proj", _HEAD_LINEARS[0]))}
     if weight.shape[0] != 1 or bias.shape != (1,) or any(weight.shape[1] != width for width in widths):
         raise ValueError(
-            f"{directory / HEAD_FILE}: clear_linear has weight {tuple(weight.shape)} and bias {tuple(bias.shape)}; the "
-            f"adapter is for hidden size {sorted(widths)}, so (1, hidden) and (1,) were expected. The two files belong to "
-            "different fine-tunes."
+            f"{directory / HEAD_FILE}: clear_linear has weight {tuple(weight.shape)} and bias {tuple(bias.shape)}; "
+            f"the adapter is for hidden size {sorted(widths)}, so (1, hidden) and (1,) were expected. The two files "
+            "belong to different fine-tunes."
         )
     config = LoraConfig(
         base_model_name_or_path=settings.get("base_model_name_or_path"),
@@ -139,8 +139,8 @@ def check_original_base(directory: str | os.PathLike, model: JanusForConditional
         if saved.shape != weight.shape or not torch.allclose(saved.float(), weight.float(), rtol=1e-2, atol=1e-4):
             raise ValueError(
                 f"{Path(directory) / HEAD_FILE} was trained on a base whose {name} is {tuple(saved.shape)}; the "
-                f"generation head of {model.name_or_path or 'this model'} is {tuple(weight.shape)} or has other values. "
-                "Load the base that the fine-tune was made from."
+                f"generation head of {model.name_or_path or 'this model'} is {tuple(weight.shape)} or has other "
+                "values. Load the base that the fine-tune was made from."
             )
 
 
@@ -161,8 +161,9 @@ def _check_settings(settings: dict, directory: Path):
     }
     if settings.get("peft_type") != "LORA" or unsupported or settings.get("bias", "none") != "none":
         raise ValueError(
-            f"{directory}/adapter_config.json is {settings.get('peft_type')!r} with {unsupported or settings.get('bias')}; "
-            "the original script writes a plain LORA with bias 'none'. Load this adapter with PEFT itself."
+            f"{directory}/adapter_config.json is {settings.get('peft_type')!r} with "
+            f"{unsupported or settings.get('bias')}; the original script writes a plain LORA with bias 'none'. Load "
+            "this adapter with PEFT itself."
         )
 
 
@@ -174,8 +175,8 @@ def _read_head(directory: Path) -> dict[str, torch.Tensor]:
     path = directory / HEAD_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{directory} has no {HEAD_FILE}, which holds the trained CLEAR linear: without it CLEAR would be decided by "
-            "random weights. Copy it from the training output."
+            f"{directory} has no {HEAD_FILE}, which holds the trained CLEAR linear: without it CLEAR would be decided "
+            "by random weights. Copy it from the training output."
         )
     head = torch.load(path, map_location="cpu", weights_only=True)
     if missing := {"clear_linear.weight", "clear_linear.bias"} - set(head):

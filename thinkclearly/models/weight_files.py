@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The weight files of a folder: safetensors before `.bin`, one file before shards, shards with or without an index.
+    """The weight files of a folder: safetensors before `.bin`, one file before shards, with or without an index.
 
     Raises:
         FileNotFoundError: there are none, or the index names a file that is not there.
