@@ -12,15 +12,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from thinkclearly import jobs
-from thinkclearly.config import (
-    ClearArguments,
-    ClearTrainingArguments,
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    RecipeParser,
-    option,
-)
+from thinkclearly.config import DataArguments, ModelArguments, RecipeParser, option
 from thinkclearly.data.inspect import inspect_dataset
 from thinkclearly.data.jsonl import write_jsonl
 from thinkclearly.data.sources import read_example, write_folder
@@ -116,11 +108,7 @@ def prepare(argv: list[str] | None = None) -> None:
 
 def train(argv: list[str] | None = None) -> None:
     """Fine-tune with CLEAR: prepare, train (going on from the last checkpoint), evaluate, save."""
-    parser = RecipeParser(
-        [ModelArguments, LoraArguments, DataArguments, ClearArguments, ClearTrainingArguments, jobs.SettingOverrides],
-        prog="thinkclearly train",
-    )
-    jobs.train(*parser.parse(argv))
+    jobs.train(*RecipeParser(jobs.TRAIN_OPTIONS, prog="thinkclearly train").parse(argv))
 
 
 def edit(argv: list[str] | None = None) -> None:

@@ -11,15 +11,7 @@ import numpy as np
 import torch
 
 from thinkclearly import jobs
-from thinkclearly.config import (
-    ClearArguments,
-    ClearTrainingArguments,
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    RecipeParser,
-    option,
-)
+from thinkclearly.config import RecipeParser, option
 from thinkclearly.data.shapes import Background, Scene, edit_scene, packaged_photos, random_scene
 from thinkclearly.data.sources import EditExample
 from thinkclearly.editing.editor import Editor
@@ -57,18 +49,7 @@ def photo_edits(count: int, seed: int = 7):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = RecipeParser(
-        [
-            ModelArguments,
-            LoraArguments,
-            DataArguments,
-            ClearArguments,
-            ClearTrainingArguments,
-            jobs.SettingOverrides,
-            DemoArguments,
-        ],
-        prog="thinkclearly demo",
-    )
+    parser = RecipeParser([*jobs.TRAIN_OPTIONS, DemoArguments], prog="thinkclearly demo")
     model, lora, data, clear, training, overrides, demo = parser.parse(argv)
     output = Path(training.output_dir)
     training.output_dir = str(output / "checkpoint")

@@ -56,6 +56,16 @@ SettingOverrides = make_dataclass(
     ],
 )
 
+# What a training recipe may hold, in the order of `train`'s parameters.
+TRAIN_OPTIONS = (
+    ModelArguments,
+    LoraArguments,
+    DataArguments,
+    ClearArguments,
+    ClearTrainingArguments,
+    SettingOverrides,
+)
+
 
 def given(overrides) -> dict:
     """The settings that were given on the command line or in the recipe."""
