@@ -4,7 +4,7 @@
     python scripts/make_tiny_janus.py lm      # edits and text-to-image, until source codes are copied
     python scripts/make_tiny_janus.py edit    # the same with more weight on what an edit changes
     python scripts/make_tiny_janus.py refine  # the same on clean targets, with Muon
-    python scripts/make_tiny_janus.py balance # the same with every edit counting alike
+    python scripts/make_tiny_janus.py anneal  # the same, learning rate to zero
 
 The result has no CLEAR head: it is a base model in the manner of Janus-4o, which the demo fine-tunes.
 """
@@ -68,8 +68,6 @@ class Stage:
     conditions: tuple[float, float, float] = (1.0, 0.0, 0.0)  # full, part, uncond
     text_share: float = 0.0  # of text-to-image among the rows
     changed_weight: float = 1.0  # of tokens that the edit changes
-    balanced: bool = False  # an edit of few patches counts as much as one of many
-    condition_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     clean: bool = False  # targets keep the source's code where no pixel changed
     muon: bool = False  # for the matrices inside the layers; else AdamW for everything
 
@@ -84,9 +82,7 @@ STAGES = {
     "lm": Stage(4, 32, 1000, 2800, 1.5e-3, 100, conditions=(0.85, 0.10, 0.05), text_share=1 / 8),
     "edit": Stage(6, 32, 500, 1800, 1.2e-3, 60, conditions=(0.75, 0.15, 0.10), text_share=1 / 16, changed_weight=3.0),
     "refine": Stage(7, 24, 750, 1800, 1.5e-3, 40, (0.75, 0.15, 0.10), 1 / 12, 3.0, clean=True, muon=True),
-    "balance": Stage(
-        8, 24, 1100, 1100, 1.5e-3, 20, (0.85, 0.10, 0.05), 1 / 12, 2.0, True, (1.0, 0.3, 0.2), clean=True, muon=True
-    ),
+    "anneal": Stage(9, 24, 400, 400, 1.2e-3, 10, (0.85, 0.10, 0.05), 1 / 12, 3.0, clean=True, muon=True),
 }
 
 
@@ -329,15 +325,6 @@ def edit_loss(model, processor, batch, conditions, clean: bool):
     return token_loss(model, embeds, prompt, target), source == target
 
 
-def row_loss(loss, same, stage: Stage) -> torch.Tensor:
-    """Loss of each row (B,) from that of its tokens (B, N)."""
-    if stage.balanced:
-        mean = lambda where: (loss * where).sum(1) / where.sum(1).clamp(min=1)  # noqa: E731
-        return mean(same) + stage.changed_weight * mean(~same)
-    weight = torch.where(same, 1.0, stage.changed_weight)
-    return (loss * weight).sum(1) / weight.sum() * len(loss)
-
-
 def picture_loss(model, processor, batch, conditions):
     _, captions, pixels, _ = batch
     prompt = processor.generate_rows(captions, conditions)
@@ -370,12 +357,12 @@ def train_lm(stage: Stage, directory: Path, continued: bool) -> None:
         rows = next(data)
         conditions = rng.choice([FULL, PART, UNCOND], stage.batch - texts, p=stage.conditions).tolist()
         loss, same = edit_loss(model, processor, [part[texts:] for part in rows], conditions, stage.clean)
-        loss = row_loss(loss, same, stage) * torch.tensor([stage.condition_weights[c] for c in conditions])
+        weight = torch.where(same, 1.0, stage.changed_weight)
         text_conditions = rng.choice([FULL, UNCOND], texts, p=[0.9, 0.1]).tolist()
         text_loss = picture_loss(model, processor, [part[:texts] for part in rows], text_conditions)
         share = texts / stage.batch
         model.zero_grad()
-        ((1 - share) * loss.mean() + share * text_loss.mean()).backward()
+        ((1 - share) * (loss * weight).sum() / weight.sum() + share * text_loss.mean()).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
             optimizer.step()

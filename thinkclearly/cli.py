@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from thinkclearly import jobs
-from thinkclearly.config import DataArguments, ModelArguments, RecipeParser, option
+from thinkclearly.config import DTYPES, DataArguments, ModelArguments, RecipeParser, check_choice, option
 from thinkclearly.data.inspect import inspect_dataset
 from thinkclearly.data.jsonl import write_jsonl
 from thinkclearly.data.sources import read_example, write_folder
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.folder import evaluate_folder
+from thinkclearly.models.backbone import load_backbone
 from thinkclearly.models.checkpoint import export_deepseek
-from thinkclearly.training.adapters import load_base, load_clear_model
+from thinkclearly.models.clear_head import CONFIG_FILE
+from thinkclearly.models.original_finetune import is_original_finetune
+from thinkclearly.training.adapters import load_base, load_clear_model, resolve
 
 logger = logging.getLogger("thinkclearly")
 
@@ -32,6 +37,9 @@ class LoadArguments:
     base: str | None = option(None, "Base model to use instead of the one that the fine-tune names.")
     dtype: str = option("float32", "float32, bfloat16 or float16.")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps; the best there is if not given.")
+
+    def __post_init__(self):
+        check_choice("dtype", self.dtype, DTYPES)
 
 
 @dataclass
@@ -88,11 +96,18 @@ class ConvertArguments:
     to: str = option("native", "native (transformers) or deepseek.")
     dtype: str = option("bfloat16", "float32, bfloat16 or float16.")
 
+    def __post_init__(self):
+        check_choice("to", self.to, ("native", "deepseek"))
+        check_choice("dtype", self.dtype, DTYPES)
+
 
 def prepare(argv: list[str] | None = None) -> None:
     """Tokenize and label photo pairs; statistics, plots and a look at examples."""
-    parser = RecipeParser([ModelArguments, DataArguments, PrepareArguments], prog="thinkclearly prepare")
+    options = [ModelArguments, DataArguments, PrepareArguments]
+    parser = RecipeParser(options, skipped=jobs.TRAIN_OPTIONS, prog="thinkclearly prepare")
     model, data, output = parser.parse(argv)
+    if output.export_folder and data.source == "jsonl":
+        raise ValueError(f"export_folder={output.export_folder!r} needs pictures, and {data.path} holds tokens only")
     backbone = jobs.build_backbone(model)
     prepared = jobs.build_data(data, backbone)
     if not PartialState().is_main_process:
@@ -163,7 +178,7 @@ def evaluate(argv: list[str] | None = None) -> None:
     """Measure saved edits: `thinkclearly evaluate DIR`, one result folder or a folder of them."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if len(argv) != 1 or argv[0].startswith("-"):
-        sys.stdout.write("usage: thinkclearly evaluate DIR\n\n" + evaluate_folder.__doc__ + "\n")
+        sys.stdout.write("usage: thinkclearly evaluate DIR\n\n" + inspect.getdoc(evaluate_folder) + "\n")
         raise SystemExit(0 if argv in (["-h"], ["--help"]) else 2)
     evaluate_folder(argv[0])
 
@@ -171,16 +186,16 @@ def evaluate(argv: list[str] | None = None) -> None:
 def convert(argv: list[str] | None = None) -> None:
     """Rewrite a checkpoint in the other layout: DeepSeek's or transformers'."""
     (arguments,) = RecipeParser(ConvertArguments, prog="thinkclearly convert").parse(argv)
-    import torch
-
-    from thinkclearly.models.backbone import load_backbone
-
+    directory = Path(arguments.output_dir)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not an empty folder; give another one or remove it.")
     backbone = load_backbone(arguments.model, dtype=getattr(torch, arguments.dtype))
     if arguments.to == "deepseek":
-        export_deepseek(backbone.model, arguments.output_dir)
+        # The tokenizer files as they are: transformers 5 would write a class that DeepSeek's code does not find.
+        export_deepseek(backbone.model, directory, processor_source=backbone.model.name_or_path)
     else:
-        backbone.model.save_pretrained(arguments.output_dir)
-    backbone.processor.save_pretrained(arguments.output_dir)
+        backbone.model.save_pretrained(directory)
+        backbone.processor.save_pretrained(directory)
 
 
 def demo(argv: list[str] | None = None) -> None:
@@ -197,10 +212,14 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the `thinkclearly` command."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in JOBS:
+        asked = argv[:1] in (["-h"], ["--help"])
+        out = sys.stdout if asked else sys.stderr
         lines = [f"  {name:10}{job.__doc__.splitlines()[0]}" for name, job in JOBS.items()]
-        sys.stdout.write("usage: thinkclearly JOB [recipe.yaml] [--key value …]\n\n" + "\n".join(lines) + "\n")
-        sys.stdout.write("\nthinkclearly JOB --help lists a job's options.\n")
-        raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
+        out.write("usage: thinkclearly JOB [recipe.yaml] [--key value …]\n\n" + "\n".join(lines) + "\n")
+        out.write("\nthinkclearly JOB --help lists a job's options.\n")
+        if argv and not asked:
+            out.write(f"\nthinkclearly: error: unknown job {argv[0]!r}\n")
+        raise SystemExit(0 if asked else 2)
     start(JOBS[argv[0]], argv[1:])
 
 
@@ -212,16 +231,18 @@ def start(job, argv: list[str] | None = None) -> None:
     transformers_logging.set_verbosity_warning()
     try:
         job(argv)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: an optional package, as bitsandbytes
         logger.debug("", exc_info=True)
         logger.error("%s: %s", type(error).__name__, error)
         raise SystemExit(1) from error
 
 
 def _load(arguments: LoadArguments, load) -> Editor:
-    import torch
-
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     options = {"dtype": getattr(torch, arguments.dtype), "device": device}
     if arguments.base:
         options["base"] = arguments.base
@@ -229,11 +250,14 @@ def _load(arguments: LoadArguments, load) -> Editor:
 
 
 def _load_any(name_or_path: str, **options):
-    """A fine-tune where there is a CLEAR head, else a base model."""
-    try:
+    """A base model where there are only its own files, else a fine-tune."""
+    directory = None if name_or_path == "tiny" else resolve(name_or_path)
+    finetuned = directory and ((directory / CONFIG_FILE).is_file() or is_original_finetune(directory))
+    if finetuned or (directory and not (directory / "config.json").is_file()):
         return load_clear_model(name_or_path, **options)
-    except FileNotFoundError:
-        return load_base(name_or_path, **options)
+    if "base" in options:
+        raise ValueError(f"{name_or_path} is a base model, not a fine-tune; leave out base={options['base']}")
+    return load_base(name_or_path, **options)
 
 
 class _Bar:

@@ -19,8 +19,11 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+DTYPES = ("float32", "bfloat16", "float16")
 
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises `ValueError` for a value that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}; choose from {', '.join(choices)}")
 
@@ -49,7 +52,7 @@ class ModelArguments:
     load_in_4bit: bool = option(False, "Load the frozen base in 4 bits (bitsandbytes, GPU): QLoRA.")
 
     def __post_init__(self):
-        _choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_choice("dtype", self.dtype, DTYPES)
 
 
 @dataclass
@@ -90,10 +93,10 @@ class DataArguments:
     split_seed: int = option(42, "Seed of shuffling, of the held-out split and of the built-in shapes.")
 
     def __post_init__(self):
-        _choice("source", self.source, ("shapes", "magicbrush", "folder", "sharegpt4o", "jsonl"))
-        _choice("match", self.match, ("any", "all"))
-        _choice("clear_label", self.clear_label, ("tokens", "pixels", "mask"))
-        _choice("on_bad_record", self.on_bad_record, ("error", "skip"))
+        check_choice("source", self.source, ("shapes", "magicbrush", "folder", "sharegpt4o", "jsonl"))
+        check_choice("match", self.match, ("any", "all"))
+        check_choice("clear_label", self.clear_label, ("tokens", "pixels", "mask"))
+        check_choice("on_bad_record", self.on_bad_record, ("error", "skip"))
         if self.source != "shapes" and not self.path and self.source != "magicbrush":
             raise ValueError(f"source: {self.source} needs path: the folder or file to read")
 
@@ -149,11 +152,15 @@ class RecipeParser(HfArgumentParser):
 
     The recipe's values become argparse defaults, so they are cast like flags and flags override them. A key that no
     dataclass has is an error that names the nearest one; so is a value of another kind than the field's.
+
+    Args:
+        skipped: dataclasses of another job, whose keys a recipe may hold and this job does not use.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, skipped: tuple[type, ...] = (), **kwargs):
         # No abbreviations: `--lora` for `--lora_r` would hide a slip.
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.skipped = {name for kind in skipped for name in _init_names(kind)} - set(self._names())
         self.hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
 
     def parse(self, argv: list[str] | None = None) -> tuple:
@@ -185,6 +192,7 @@ class RecipeParser(HfArgumentParser):
             self.error(f"{recipe} is not valid YAML: {error}")
         if not isinstance(content, dict):
             self.error(f"{recipe}: expected `key: value` lines, found {type(content).__name__}")
+        content = {key: value for key, value in content.items() if key not in self.skipped}
         for key in content:
             if key not in self._names():
                 self.error(self._suggest(str(key), f"{recipe}: unknown key {key!r}"))
