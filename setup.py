@@ -10,7 +10,6 @@ setup(
     description="Image editing with instruction tokens: what nobody asked to change stays the source, byte for byte",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     packages=find_packages(include=["thinkclearly", "thinkclearly.*"]),
     package_data={"thinkclearly": ["tiny_janus/*"]},
     python_requires=">=3.10",
