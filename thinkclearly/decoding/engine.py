@@ -137,7 +137,7 @@ def decode(
             code = torch.where(choice < codebook, choice, code)  # top-k and top-p see one class more here
         elif may_copy:
             odds = gate_log_odds(logits[:, 0], codebook, config.clear_weight)
-            gate[:, step] = (odds + config.gate_bias) / config.gate_temperature + settings.clear_bias
+            gate[:, step] = odds + settings.clear_bias
             copied = codebook + logits[:, 0, codebook:].argmax(-1)
             choice = torch.where(gate[:, step] > 0, copied, code)
         if keep_logits:

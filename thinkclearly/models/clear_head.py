@@ -33,7 +33,6 @@ class ClearConfig:
         codebook_size (`int`): K of the base model.
         instructions (`list[str]`): names of the instruction tokens, in the order of their ids.
         clear_weight (`float`): class weight of the last training step; inference subtracts its logarithm.
-        gate_bias, gate_temperature (`float`): calibration of the gate's log-odds: (z + bias) / temperature.
         codebook_hash (`str`): names the codebook that the training tokens came from.
         edit (`dict`): decoding settings that this checkpoint was validated with; the editor's defaults.
     """
@@ -41,8 +40,6 @@ class ClearConfig:
     codebook_size: int
     instructions: list[str] = field(default_factory=lambda: ["CLEAR"])
     clear_weight: float = 1.0
-    gate_bias: float = 0.0
-    gate_temperature: float = 1.0
     codebook_hash: str = ""
     edit: dict = field(default_factory=dict)
 
@@ -52,7 +49,7 @@ class ClearEditModel(nn.Module):
 
     Args:
         janus: transformers' Janus model, bare or wrapped by PEFT.
-        config: vocabulary, class weight and calibration.
+        config: vocabulary, class weight and codebook.
     """
 
     def __init__(self, janus: JanusForConditionalGeneration | PeftModel, config: ClearConfig):

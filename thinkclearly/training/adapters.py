@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_mod
 from peft.utils import load_peft_weights
 
 from thinkclearly.models.backbone import Backbone, codebook_hash, load_backbone
+from thinkclearly.models.checkpoint import load_janus
 from thinkclearly.models.clear_head import CONFIG_FILE, ClearConfig, ClearEditModel, read_clear_config
 from thinkclearly.models.original_finetune import check_original_base, is_original_finetune, read_original_finetune
 from thinkclearly.models.prompt import ClearEditProcessor
@@ -43,8 +44,6 @@ def load_finetune(model: ClearEditModel, directory: str | Path) -> None:
     if isinstance(model.janus, PeftModel):
         _load_lora(model.janus, load_peft_weights(str(directory), device="cpu"), directory)
     else:
-        from thinkclearly.models.checkpoint import load_janus
-
         model.janus.load_state_dict(load_janus(str(directory)).state_dict())
     model.load_head(directory)
     saved = read_clear_config(directory)
