@@ -2,10 +2,12 @@
 
 from thinkclearly.data.prepare import prepare_dataset
 from thinkclearly.editing.editor import Editor, EditResult, EditSettings
+from thinkclearly.hub.pipeline import register as _register_pipeline
 from thinkclearly.training.adapters import load_clear_model
 from thinkclearly.training.trainer import ClearEditTrainer
 
 __version__ = "0.1.0"
+_register_pipeline()
 __all__ = ["ClearEditTrainer", "EditResult", "EditSettings", "Editor", "load_editor", "prepare_dataset"]
 
 

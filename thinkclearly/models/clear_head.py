@@ -87,7 +87,9 @@ class ClearEditModel(nn.Module):
         """Hidden states (..., H) to float32 logits (..., K + I)."""
         codes = self.base.model.generation_head(hidden).float()
         with torch.autocast(hidden.device.type, enabled=False):
-            return torch.cat([codes, self.clear_head(hidden.float())], dim=-1)
+            # FSDP's mixed precision hands the weights over in bfloat16, hence float() on them as well.
+            weight, bias = self.clear_head.weight.float(), self.clear_head.bias.float()
+            return torch.cat([codes, nn.functional.linear(hidden.float(), weight, bias)], dim=-1)
 
     def forward(
         self,
@@ -116,14 +118,22 @@ class ClearEditModel(nn.Module):
         fed_back = self.vocabulary.remap(labels, source_tokens.unsqueeze(-2))
         return self.logits(teacher_forced_hidden(self.base, embeds, attention_mask, fed_back))
 
-    def save_pretrained(self, directory: str | Path, **_) -> None:
-        """Writes the adapter (or the whole model where there is none), the CLEAR head and its configuration."""
+    def save_pretrained(self, directory: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes the adapter (or the whole model where there is none), the CLEAR head and its configuration.
+
+        Args:
+            state_dict: of this model, where its weights lie in slices over several processes.
+        """
+        state = self.state_dict() if state_dict is None else state_dict
+        parts = {part: _below(state, f"{part}.") for part in ("janus", "clear_head")}
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         # Without the flag PEFT asks the Hub whether the base's vocabulary has grown.
         quiet = {"save_embedding_layers": False} if isinstance(self.janus, PeftModel) else {}
-        self.janus.save_pretrained(directory, **quiet)
-        tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.clear_head.state_dict().items()}
+        self.janus.save_pretrained(directory, state_dict=parts["janus"], **quiet)
+        # Beside an adapter too: transformers' pipeline() reads it before anything else.
+        self.base.config.save_pretrained(directory)
+        tensors = {name: t.detach().float().cpu().contiguous() for name, t in parts["clear_head"].items()}
         save_file(tensors, directory / (HEAD_FILE + ".tmp"), metadata={"format": "pt"})
         os.replace(directory / (HEAD_FILE + ".tmp"), directory / HEAD_FILE)
         text = json.dumps(asdict(self.clear_config), indent=2) + "\n"
@@ -152,6 +162,10 @@ class ClearEditModel(nn.Module):
         with torch.no_grad():
             self.clear_head.weight.copy_(weight)
             self.clear_head.bias.copy_(bias)
+
+
+def _below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def read_clear_config(directory: str | Path) -> ClearConfig:

@@ -1,0 +1,251 @@
+"""pipeline("clear-edit"): the editor as a `transformers.Pipeline`, and what `pipeline()` needs to find it.
+
+Knows how pipelines take pictures and give results back; decoding and compositing are the editor's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import datasets
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import AutoConfig, Pipeline, PreTrainedConfig
+from transformers.image_utils import load_image as fetch_image
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils import ModelOutput
+
+from thinkclearly.editing.editor import Editor, EditResult, EditSettings
+from thinkclearly.images import load_image
+from thinkclearly.models.clear_head import ClearEditModel
+from thinkclearly.models.prompt import ClearEditProcessor
+from thinkclearly.training.adapters import load_clear_model
+
+TASK = "clear-edit"
+DEFAULT_MODEL = Path(__file__).parents[1] / "tiny_clear"
+_SETTINGS = {f.name for f in fields(EditSettings)}
+
+
+@dataclass
+class ClearEditOutput(ModelOutput):
+    """One edit, as a dict or by attribute. All pictures have the source's own size.
+
+    Args:
+        image (`PIL.Image.Image`): the composite; CLEAR patches are the source's bytes.
+        mask (`PIL.Image.Image`): mode "L", 255 where the patch is CLEAR.
+        raw (`PIL.Image.Image`): what the model would have drawn everywhere.
+        token_composite (`PIL.Image.Image`): the decoded tokens, source codes where CLEAR.
+        tokens (`torch.LongTensor` of shape `(num_image_tokens,)`): classes; K and above are instruction tokens.
+        clear_fraction (`float`): share of the picture's patches that are CLEAR.
+        prompt (`str`), seed (`int`), passes (`int`): what was asked, and the forward passes it took.
+    """
+
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+    raw: Image.Image | None = None
+    token_composite: Image.Image | None = None
+    tokens: torch.LongTensor | None = None
+    clear_fraction: float | None = None
+    prompt: str | None = None
+    seed: int | None = None
+    passes: int | None = None
+
+    @classmethod
+    def of(cls, result: EditResult) -> ClearEditOutput:
+        return cls(
+            image=result.image,
+            mask=result.mask,
+            raw=result.raw,
+            token_composite=result.token_composite,
+            tokens=result.ids,
+            clear_fraction=result.clear_fraction,
+            prompt=result.instruction,
+            seed=result.seed,
+            passes=result.passes,
+        )
+
+
+class ClearEditPipeline(Pipeline):
+    """Edits pictures by instruction; what nobody asked to change stays the source's own bytes.
+
+    ```python
+    import thinkclearly
+    from transformers import pipeline
+
+    edit = pipeline("clear-edit")
+    edit("photo.jpg", prompt="Make the circle red.").image.save("edited.png")
+    ```
+
+    Args:
+        model: a `ClearEditModel`, as `pipeline()` loads it.
+        processor: belongs to the same checkpoint; the one that came with the model where not given.
+        kwargs: the Pipeline's own, and defaults for the parameters of a call.
+    """
+
+    _load_processor = _load_image_processor = _load_feature_extractor = _load_tokenizer = False
+    _load_video_processor = False
+
+    def __init__(self, model: ClearEditModel, processor: ClearEditProcessor | None = None, **kwargs):
+        processor = processor or getattr(model, "processor", None)
+        if not isinstance(model, ClearEditModel) or processor is None:
+            raise TypeError(
+                f"{type(model).__name__} {'without a processor ' if processor is None else ''}cannot edit; give "
+                "pipeline() the name of a fine-tune, or a ClearEditModel with processor="
+            )
+        super().__init__(model=model, processor=processor, **kwargs)
+        self.editor = Editor(model, processor)
+
+    def __call__(self, inputs=None, *, prompt=None, image=None, **kwargs):
+        """Edits one picture or many.
+
+        Args:
+            inputs: a picture (path, URL, bytes, PIL picture or array), `{"image": …, "prompt": …}`, or a list,
+                generator or `datasets` data set of either. Rows may also be called `source` and `instruction`.
+            prompt: the instruction, where the inputs do not bring their own; a list for a list of pictures.
+            image: another name for `inputs`.
+            batch_size: pictures that are decoded together; the tokens are the same as one by one.
+            num_images: samples of each picture; each result is a list when more than one is asked for.
+            seed, generator: key all noise; a generator is drawn from once a call.
+            progress_bar: of the decoding, off where the output is no terminal.
+            callback: called with (positions done, positions in all) after each step.
+            kwargs: fields of `EditSettings` (`cfg_weight`, `temperature`, `clear_bias`, …), `num_workers`.
+
+        Returns:
+            A `ClearEditOutput`; a list of them for a list; an iterator for a generator or a data set.
+
+        Raises:
+            ValueError: a picture that cannot be read or an empty prompt; the message names the item.
+        """
+        inputs = image if inputs is None else inputs
+        if inputs is None:
+            raise ValueError("No picture was given; pass a path, URL, PIL picture, array or a list of them")
+        if isinstance(prompt, (list, tuple)):
+            inputs = [inputs] * len(prompt) if _is_one_picture(inputs) else list(inputs)
+            if len(inputs) != len(prompt):
+                raise ValueError(f"{len(inputs)} pictures and {len(prompt)} prompts; give one for each, or one for all")
+        elif _is_one_picture(inputs):
+            return super().__call__(_item(inputs, prompt), **kwargs)
+        items = _items(inputs, prompt)
+        if isinstance(inputs, (list, tuple)):
+            items = list(items)
+            return super().__call__(items, **kwargs) if items else []
+        return super().__call__(items, **kwargs)
+
+    def _sanitize_parameters(
+        self, num_images=None, seed=None, generator=None, progress_bar=None, callback=None, **settings
+    ):
+        unknown = sorted(set(settings) - _SETTINGS)
+        if unknown:
+            raise TypeError(f"clear-edit does not know {unknown}; choose from {sorted(_SETTINGS)}")
+        if generator is not None:
+            if seed is not None:
+                raise ValueError("Both seed and generator were given; give one of them")
+            seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+        options = {"num_images": num_images, "seed": seed, "progress_bar": progress_bar, "callback": callback}
+        forward = {name: value for name, value in options.items() if value is not None}
+        return {}, {**forward, **settings}, {}
+
+    def preprocess(self, input_: dict) -> dict:
+        name = "The picture" if input_["index"] is None else f"Item {input_['index']}"
+        image, prompt = input_["image"], input_["prompt"]
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{name} has the prompt {prompt!r}; say what to change, e.g. 'Make the scarf blue.'")
+        if isinstance(image, str) and image.startswith(("http://", "https://")):
+            try:
+                image = fetch_image(image)
+            except Exception as error:  # whatever the HTTP client of the day raises
+                raise ValueError(f"{name}: {image} cannot be read as a picture: {error}") from error
+        return {"image": load_image(image, name=name), "prompt": prompt}
+
+    def _forward(self, model_inputs: dict, progress_bar=True, callback=None, **options) -> dict:
+        images, prompts = model_inputs["image"], model_inputs["prompt"]
+        single = not isinstance(images, list)
+        if single:
+            images, prompts = [images], [prompts]
+        each = options.get("num_images", 1)
+        # None: shown on terminals only.
+        with tqdm(desc="decode", unit="token", leave=False, disable=None if progress_bar else True) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+                if callback is not None:
+                    callback(done, total)
+
+            results = self.editor.edit_many(images, prompts, progress=progress, **options)
+        groups = [results[i : i + each] for i in range(0, len(results), each)]
+        return {"results": groups[0] if single else groups}
+
+    def postprocess(self, model_outputs: dict) -> ClearEditOutput | list[ClearEditOutput]:
+        outputs = [ClearEditOutput.of(result) for result in model_outputs["results"]]
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def save_pretrained(self, save_directory: str | Path, **_) -> None:
+        """Writes the fine-tune and its processor: what `pipeline(model=save_directory)` reads."""
+        self.model.save_pretrained(save_directory)
+        self.processor.save_pretrained(save_directory)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {{'model': '{type(self.model).__name__}', 'device': '{self.device}'}}"
+
+
+class ClearEditLoader:
+    """What `pipeline()` calls to load a model by name."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, **kwargs) -> ClearEditModel:
+        """Loads a fine-tune, with its processor as the attribute `processor`.
+
+        Args:
+            kwargs: those of `load_clear_model`; what `pipeline()` adds for its own models is left out.
+        """
+        for name in ("trust_remote_code", "local_files_only", "_from_pipeline"):
+            kwargs.pop(name, None)
+        if kwargs.get("dtype", "auto") == "auto":
+            kwargs["dtype"] = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
+        model, model.processor = load_clear_model(name_or_path, **kwargs)
+        return model
+
+
+class DeepseekConfig(PreTrainedConfig):
+    """DeepSeek's own config.json: `pipeline()` reads the base model's config before it loads anything."""
+
+    model_type = "multi_modality"
+
+
+def register() -> None:
+    """Makes "clear-edit" known to `transformers.pipeline`."""
+    AutoConfig.register(DeepseekConfig.model_type, DeepseekConfig, exist_ok=True)
+    PIPELINE_REGISTRY.register_pipeline(
+        TASK,
+        pipeline_class=ClearEditPipeline,
+        pt_model=(ClearEditLoader,),
+        default={"model": (str(DEFAULT_MODEL), None)},
+        type="multimodal",
+    )
+
+
+def _is_one_picture(inputs) -> bool:
+    many = (list, tuple, Iterator, datasets.Dataset, datasets.IterableDataset, torch.utils.data.Dataset)
+    return not isinstance(inputs, many)
+
+
+def _items(inputs: Iterable, prompt) -> Iterator[dict]:
+    """Numbered items; `prompt` is one for all or one for each."""
+    prompts = prompt if isinstance(prompt, (list, tuple)) else itertools.repeat(prompt)
+    for index, (item, own) in enumerate(zip(inputs, prompts)):
+        yield _item(item, own, index)
+
+
+def _item(item, prompt, index: int | None = None) -> dict:
+    """{"image", "prompt", "index"} from a picture, or from a row that brings one or both."""
+    if isinstance(item, dict) and not set(item) <= {"path", "bytes"}:
+        image = item.get("image", item.get("source"))
+        if image is None:
+            raise ValueError(f"Item {index or 0} has the keys {sorted(item)}; expected 'image' and 'prompt'")
+        return {"image": image, "prompt": item.get("prompt", item.get("instruction", prompt)), "index": index}
+    return {"image": item, "prompt": prompt, "index": index}
