@@ -1,10 +1,12 @@
 """One decoding loop gives what the reference does: text-to-image, three-row edits, the original's CLEAR fine-tune."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import pad
 
 from thinkclearly.decoding.engine import DecodeSettings, decode
 from thinkclearly.models.backbone import embed_prompt, image_features
@@ -112,3 +114,80 @@ def test_original_finetune_decodes_as_the_original_did(golden, finetune, expecte
         assert decoded.ids[0].tolist() == wanted[f"{name}.{mode}.ids"].tolist()
         assert decoded.tokens[0].tolist() == wanted[f"{name}.{mode}.mapped_tokens"].tolist()
         torch.testing.assert_close(decoded.logits[0], wanted[f"{name}.{mode}.logits"], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def edits(finetune, expected, prompts):
+    """Embedded rows and source tokens of all golden edits, and the log-odds that put half of the patches on copy."""
+
+    def embedded(conditions):
+        model, processor = finetune
+        rows = [edit_rows(finetune, expected, prompts, name, conditions) for name in names(expected)]
+        longest = max(embeds.shape[1] for _, embeds, _ in rows)
+        pads = [longest - embeds.shape[1] for _, embeds, _ in rows]
+        embeds = torch.cat([pad(e, (0, 0, n, 0)) for (_, e, _), n in zip(rows, pads)])
+        mask = torch.cat([pad(r.attention_mask, (n, 0)) for (r, _, _), n in zip(rows, pads)])
+        return embeds, mask, torch.cat([source for _, _, source in rows])
+
+    return {count: embedded([FULL, PART, UNCOND][:count]) for count in (1, 3)}
+
+
+def decoded_in_blocks(pair, rows, settings, block, seed=0, copy=True):
+    embeds, mask, source = rows
+    return decode(
+        pair[0],
+        embeds,
+        mask,
+        pair[1].num_image_tokens,
+        replace(settings, block=block),
+        source_tokens=source if copy else None,
+        samples=[(seed, k) for k in range(len(source))],
+        keep_logits=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "cfg_weight": 2.0},
+        {"temperature": 0.8, "top_k": 20},
+        {"temperature": 1.3, "top_p": 0.9, "cfg_weight2": 0.0},
+        {"temperature": 0.0, "guidance": "joint"},
+        {"temperature": 1.0, "guidance": "joint", "top_p": 0.95},
+        {"temperature": 1.0, "use_cfg": False},
+    ],
+    ids=str,
+)
+def test_any_block_length_gives_the_tokens_of_one_by_one(finetune, edits, settings):
+    settings = DecodeSettings(**settings)
+    rows = edits[3 if settings.use_cfg else 1]
+    gate = decoded_in_blocks(finetune, rows, settings, 1).gate
+    for seed, bias in enumerate((-gate.median().item(), -gate.quantile(0.1).item())):
+        settings = replace(settings, clear_bias=bias)
+        one = decoded_in_blocks(finetune, rows, settings, 1, seed)
+        assert one.passes == one.ids.shape[1]
+        for block in (0, 2, 5, one.ids.shape[1], 1000):
+            many = decoded_in_blocks(finetune, rows, settings, block, seed)
+            for name in ("ids", "tokens", "codes"):
+                assert torch.equal(getattr(many, name), getattr(one, name))
+            torch.testing.assert_close(many.gate, one.gate, atol=TOLERANCE, rtol=TOLERANCE)
+            torch.testing.assert_close(many.logits, one.logits, atol=TOLERANCE, rtol=TOLERANCE)
+            assert many.passes <= one.passes
+            assert [sum(column) for column in zip(*many.accepted)] == [one.ids.shape[1]] * len(one.ids)
+
+
+def test_what_is_copied_costs_one_pass_a_block(finetune, edits):
+    settings = DecodeSettings(clear_bias=1e6)
+    for block, passes in ((36, 1), (12, 3), (5, 8), (0, 3)):  # adaptive: 8, 16, and the rest
+        assert decoded_in_blocks(finetune, edits[3], settings, block).passes == passes
+
+
+def test_without_copying_blocks_change_nothing_either(base, edits):
+    """Text-to-image, and an untuned base, whose draft is the source's plain tokens."""
+    for copy in (True, False):
+        settings = DecodeSettings(temperature=0.7)
+        one = decoded_in_blocks(base, edits[3], settings, 1, copy=copy)
+        for block in (0, 7):
+            many = decoded_in_blocks(base, edits[3], settings, block, copy=copy)
+            assert torch.equal(many.tokens, one.tokens) and many.passes <= one.passes

@@ -169,12 +169,15 @@ def test_saved_files_hold_the_result(editor, pictures, bias, tmp_path):
     assert trace[7]["gate"] == pytest.approx(result.gate[7].item())
 
 
-def test_progress_is_told_at_every_position(editor, pictures):
+def test_progress_is_told_after_every_pass(editor, pictures):
     calls = []
-    editor.edit(pictures[0], INSTRUCTIONS[0], num_images=2, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(done, POSITIONS) for done in range(1, POSITIONS + 1)]
+    for options in ({"block": 1}, {"block": 5}, {}):
+        calls.clear()
+        result = editor.edit(pictures[0], INSTRUCTIONS[0], progress=lambda *call: calls.append(call), **options)
+        done = [call[0] for call in calls]
+        assert len(calls) == result.passes and done == sorted(set(done)) and calls[-1] == (POSITIONS, POSITIONS)
     calls.clear()
-    editor.generate("a red circle", progress=lambda done, total: calls.append((done, total)))
+    editor.generate("a red circle", progress=lambda *call: calls.append(call), block=1)
     assert calls == [(done, POSITIONS) for done in range(1, POSITIONS + 1)]
 
 

@@ -2,6 +2,7 @@
 
     python scripts/make_tiny_janus vq      # autoencoder on unit latents, k-means codebook, quantized
     python scripts/make_tiny_janus lm      # edits and text-to-image on the finished tokens
+    python scripts/make_tiny_janus shapes  # the same, with more weight on what the SigLIP tower sees
     python scripts/make_tiny_janus anneal  # the same, learning rate to zero
 
 The result has no CLEAR head: it is a base model in the manner of Janus-4o, which the demo fine-tunes.

@@ -60,13 +60,15 @@ class Stage:
     text_share: float = 1 / 12  # of text-to-image among the rows
     changed_weight: float = 3.0  # of tokens that the edit changes
     probes: float = 1.0  # weight of the probes' losses
+    vision: float = 1.0  # weight of the SigLIP tower's own loss
 
     def rate(self, step: int) -> float:
         return self.lr * min(1.0, (step + 1) / self.warmup) * (1 - step / self.steps if self.decay else 1.0)
 
 
 STAGES = {
-    "lm": Stage(seed=4, steps=8000, batch=24, lr=2e-3, warmup=100),
+    "lm": Stage(seed=4, steps=1750, batch=24, lr=2e-3, warmup=100, vision=0.2),
+    "shapes": Stage(seed=6, steps=4000, batch=24, lr=2e-3, warmup=30),
     "anneal": Stage(seed=9, steps=1500, batch=24, lr=2e-3, warmup=10, decay=True, probes=0.2),
 }
 
@@ -139,17 +141,20 @@ class Probes(nn.Module):
     def __init__(self):
         super().__init__()
         contents = sum(CONTENTS)
-        self.seen = nn.Linear(HIDDEN, contents)  # SigLIP features: what the source shows
+        self.seen = nn.Linear(HIDDEN, contents)  # SigLIP features: what the picture shows
         self.place = nn.Linear(HIDDEN, 2 * GRID)  # layer 2, source and output: row and column
         self.source = nn.Linear(HIDDEN, contents)  # layer 2, source: what the source shows
         self.planned = nn.Linear(HIDDEN, 2 * contents + 2)  # layer 4, output: source, target, changed
         self.drawn = nn.Linear(HIDDEN, contents + 2)  # last, output: target, changed
 
-    def losses(self, features, states, prompt, batch: Batch, full: torch.Tensor) -> torch.Tensor:
-        """Mean loss of all readings on rows `full`, bool (B,), whose prompt says everything.
+    def vision(self, features: torch.Tensor, contents: torch.Tensor) -> torch.Tensor:
+        """Mean loss of what SigLIP features (B, N, H) say about `contents`, long (B, N, 2)."""
+        return reading(self.seen(features), CONTENTS, contents, torch.where(contents[..., 0] > 0, 3.0, 1.0))
+
+    def losses(self, states, prompt, batch: Batch, full: torch.Tensor) -> torch.Tensor:
+        """Mean loss of the other readings on rows `full`, bool (B,), whose prompt says everything.
 
         Args:
-            features: (B, N, H), SigLIP behind the aligner.
             states: hidden states (B, L, H) of every layer, embeddings first.
         """
         source, target = batch.contents[full].unbind(1)
@@ -161,15 +166,14 @@ class Probes(nn.Module):
         read, out = early.gather(1, slot), slice(-TOKENS, None)
         weight = torch.where(changed[..., 0] > 0, 3.0, 1.0)
         return (
-            reading(self.seen(features[full]), CONTENTS, source)
-            + reading(self.place(read), (GRID, GRID), where)
+            reading(self.place(read), (GRID, GRID), where)
             + reading(self.source(read), CONTENTS, source)
             + reading(self.place(early[:, out]), (GRID, GRID), where)
             + reading(
                 self.planned(late[:, out]), CONTENTS * 2 + (2,), torch.cat([source, target, changed], -1), weight
             )
             + reading(self.drawn(last[:, out]), CONTENTS + (2,), torch.cat([target, changed], -1), weight)
-        ) / 6
+        ) / 5
 
 
 def reading(logits, sizes, labels, weight=None) -> torch.Tensor:
@@ -199,7 +203,7 @@ def token_loss(model, embeds, prompt, target):
 
 
 def edit_loss(model, processor, probes, batch: Batch, conditions):
-    """Loss of every token (B, N), where the target is the source, and the probes' loss.
+    """Loss of every token (B, N), where the target is the source, the probes' loss and the SigLIP tower's.
 
     By tokens an edit changes far more than its patches, since the tokenizer looks at the whole picture. The targets
     keep the source's code in every patch whose pixels did not change.
@@ -207,10 +211,11 @@ def edit_loss(model, processor, probes, batch: Batch, conditions):
     source, target = encode_tokens(model, batch.pixels.flatten(0, 1)).view(len(batch), 2, -1).unbind(1)
     target = torch.where(batch.unchanged, source, target)
     prompt = processor.edit_rows(batch.instructions, conditions)
-    features = image_features(model, batch.pixels[:, 0])
-    loss, states = token_loss(model, embed_prompt(model, prompt, features, source), prompt, target)
+    features = image_features(model, batch.pixels.flatten(0, 1))  # the targets too: twice as much to learn to see
+    loss, states = token_loss(model, embed_prompt(model, prompt, features[::2], source), prompt, target)
     full = torch.tensor(conditions) == FULL
-    return loss, source == target, probes.losses(features, states, prompt, batch, full)
+    seen = probes.vision(features, batch.contents.flatten(0, 1))
+    return loss, source == target, probes.losses(states, prompt, batch, full), seen
 
 
 def picture_loss(model, processor, batch: Batch, conditions) -> torch.Tensor:
@@ -258,24 +263,24 @@ def train_language_model(stage: Stage, vq_config: JanusVQVAEConfig, directory: P
         conditions = rng.choice([FULL, PART, UNCOND], stage.batch - texts, p=stage.conditions).tolist()
         text_conditions = rng.choice([FULL, UNCOND], texts, p=[0.9, 0.1]).tolist()
         with torch.autocast("cpu", torch.bfloat16):
-            loss, same, readings = edit_loss(model, processor, probes, rows.rows(texts), conditions)
+            loss, same, readings, seen = edit_loss(model, processor, probes, rows.rows(texts), conditions)
             text_loss = picture_loss(model, processor, rows.rows(0, texts), text_conditions)
         weight = torch.where(same, 1.0, stage.changed_weight)
         share = texts / stage.batch
         codes = (1 - share) * (loss * weight).sum() / weight.sum() + share * text_loss.mean()
         model.zero_grad()
-        (codes + stage.probes * readings).backward()
+        (codes + stage.probes * readings + stage.vision * seen).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in steppers:
             optimizer.step()
             optimizer.zero_grad()
         if (step + 1) % 250 == 0 or step + 1 == stage.steps:
             with torch.no_grad():
-                loss, same, readings = edit_loss(model, processor, probes, test, [FULL] * len(test))
+                loss, same, readings, seen = edit_loss(model, processor, probes, test, [FULL] * len(test))
             local = torch.tensor([(~s).float().mean() < 0.5 for s in same])
             bar.write(
                 f"step {step + 1}: held-out loss where the source stays {loss[same].mean():.3f}, where it changes "
                 f"{loss[~same].mean():.3f} ({loss[local][~same[local]].mean():.3f} in local edits), "
-                f"probes {readings:.3f}, captions {text_loss.mean():.3f}"
+                f"probes {readings:.3f}, vision {seen:.3f}"
             )
             save(model, probes, processor, directory)

@@ -1,6 +1,9 @@
 """The decoder loop: embedded guidance rows in, classes and codes out.
 
-One loop for editing and text-to-image, with and without guidance or a CLEAR head. Knows nothing of pictures or files.
+One loop for editing and text-to-image, with and without guidance or a CLEAR head. A pass checks a block of positions
+at once: the source's tokens are the draft, and where they fail, what the pass before computed (Jacobi iteration). As
+sampling noise is keyed to the position, the block's length changes the number of passes and never the tokens. Knows
+nothing of pictures or files.
 """
 
 from __future__ import annotations
@@ -10,13 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
+import torch.nn.functional as F
 
 from thinkclearly.config import option
+from thinkclearly.decoding.cache import BlockCache
 from thinkclearly.decoding.guidance import gate_log_odds, guide, row_weights
 from thinkclearly.decoding.sampling import draw, gumbel_noise, warpers
 from thinkclearly.models.backbone import positions, token_embeddings
 from thinkclearly.models.clear_head import ClearEditModel
+
+FIRST_BLOCK, MAX_BLOCK = 8, 64  # positions of an adaptive block
 
 
 @dataclass
@@ -34,6 +40,7 @@ class DecodeSettings:
     top_k: int = option(0, "Sample from the k best codes; 0 for all.")
     top_p: float = option(1.0, "Sample from the smallest set of codes with this probability mass.")
     use_cfg: bool = option(True, "Guidance; without it only the full row is decoded.")
+    block: int = option(0, "Positions that one pass checks; 0 adapts, 1 decodes one by one. The tokens are the same.")
 
     def __post_init__(self):
         if self.guidance not in ("factorised", "joint"):
@@ -46,6 +53,8 @@ class DecodeSettings:
             raise ValueError(f"cfg_weight2={self.cfg_weight2}; expected 0 (full row alone) or more")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k}; expected 0 (all) or the number of codes to keep")
+        if self.block < 0:
+            raise ValueError(f"block={self.block}; expected 0 (adaptive), 1 (one by one) or a number of positions")
 
 
 @dataclass
@@ -59,6 +68,7 @@ class Decoded:
         gate: float32 (S, N), log-odds of copying at the operating point used; NaN without a head. Factorised copies
             exactly where they are positive; joint draws, or compares with the best code.
         passes: number of forward passes of the language model.
+        accepted: positions that became final, for each pass a list of S numbers.
         logits: float32 (S, N, K + I) where asked for: the scores that were chosen from.
     """
 
@@ -67,6 +77,7 @@ class Decoded:
     codes: torch.Tensor
     gate: torch.Tensor
     passes: int
+    accepted: list[list[int]]
     logits: torch.Tensor | None = None
 
 
@@ -88,65 +99,107 @@ def decode(
     Args:
         embeds: (S·R, L, H), the rows of a sample next to each other: full, part, uncond.
         attention_mask: long (S·R, L), 0 on left padding.
-        source_tokens: long (S, N); needed where the model may copy. Without it instructions are never chosen.
+        source_tokens: long (S, N), the draft; needed where the model may copy. Without it instructions are never
+            chosen.
         samples: (seed, sample number) of each sample, which key its noise.
-        on_step: called with the number of positions done after each one.
+        on_step: called with the number of positions done after each pass.
     """
     count, rows = len(samples), embeds.shape[0] // len(samples)
-    codebook, device = model.vocabulary.codebook_size, embeds.device
-    config = model.clear_config
-    weights = row_weights(rows, settings.cfg_weight, settings.cfg_weight2)
-    filters = warpers(settings.temperature, settings.top_k, settings.top_p)
-    may_copy = source_tokens is not None and len(model.vocabulary) > 0
-    transformed = source_tokens.unsqueeze(-2) if may_copy else None
-    noise = None
-    if settings.temperature > 0:
-        noise = torch.stack([gumbel_noise(*key, num_tokens, model.vocabulary.num_classes) for key in samples]).to(
-            device
-        )
+    device, last = embeds.device, embeds.shape[1] - 1
+    longest = min(settings.block or MAX_BLOCK, num_tokens)
+    room = num_tokens + longest  # a block may reach beyond the end
+    choose = _Chooser(model, settings, rows, samples, source_tokens, room)
+    cache = BlockCache(model.config.text_config.num_hidden_layers, attention_mask, last + 1 + room)
+    places = positions(F.pad(attention_mask, (0, room), value=1))
+    # Final up to `done`, a draft beyond: the source at first, then what the last pass over the position computed.
+    tokens = torch.zeros(count, room, dtype=torch.long, device=device)
+    if source_tokens is not None:
+        tokens[:, :num_tokens] = source_tokens
+    ids, codes = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    gate = torch.full(tokens.shape, float("nan"), device=device)
+    kept = torch.zeros(count, room, model.vocabulary.num_classes, device=device) if keep_logits else None
 
-    ids = torch.empty(count, num_tokens, dtype=torch.long, device=device)
-    tokens, codes = torch.empty_like(ids), torch.empty_like(ids)
-    gate = torch.full(ids.shape, float("nan"), device=device)
-    kept = []
-
-    language_model, cache = model.base.model.language_model, DynamicCache(config=model.config.text_config)
-    full_mask = torch.cat([attention_mask, attention_mask.new_ones(embeds.shape[0], num_tokens)], dim=1)
-    full_positions = positions(full_mask)
-    start, length = 0, embeds.shape[1]
-    for step in range(num_tokens):
-        end = length + step
-        hidden = language_model(
-            inputs_embeds=embeds,
-            attention_mask=full_mask[:, :end],
-            position_ids=full_positions[:, start:end],
+    done, accepted = [0] * count, []
+    length = min(settings.block or FIRST_BLOCK, longest)
+    while min(done) < num_tokens:
+        index = torch.tensor(done, device=device).unsqueeze(1) + torch.arange(length, device=device)
+        if accepted:
+            fed, columns = tokens.gather(1, index - 1), index + last
+        else:  # the prompt with the first block
+            fed = tokens[:, : length - 1]
+            columns = torch.arange(last + length, device=device).expand(count, -1)
+        fed = token_embeddings(model.base, fed.repeat_interleave(rows, dim=0)).to(embeds.dtype)
+        columns = columns.repeat_interleave(rows, dim=0)
+        hidden = model.base.model.language_model(
+            inputs_embeds=fed if accepted else torch.cat([embeds, fed], dim=1),
+            attention_mask=cache.step(columns, end=last + max(done) + length),
+            position_ids=places.gather(1, columns),
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state[:, -1]
-        start = end
-        logits = model.logits(hidden).view(count, rows, -1)
-        guided = guide(logits, weights)
-        noise_now = None if noise is None else noise[:, step]
-        code = draw(guided[:, :codebook], None if noise is None else noise_now[:, :codebook], filters)
-        choice = code
-        if may_copy and settings.guidance == "joint":
+        ).last_hidden_state[:, -length:]
+        draft = tokens.gather(1, index)
+        for buffer, value in zip((ids, tokens, codes, gate, kept), choose(hidden, index)):
+            if buffer is not None:
+                buffer[torch.arange(count, device=device).unsqueeze(1), index] = value
+        # A position is final when everything before it was what has been fed; its own draft need not have been right.
+        agreed = (tokens.gather(1, index) == draft)[:, :-1].long().cumprod(1).sum(1).tolist()
+        fresh = [min(1 + n, num_tokens - d) for n, d in zip(agreed, done)]
+        done = [d + n for d, n in zip(done, fresh)]
+        accepted.append(fresh)
+        if not settings.block:
+            length = _next_length(length, fresh, longest)
+        if on_step is not None:
+            on_step(min(done))
+    ids, tokens, codes, gate = (buffer[:, :num_tokens] for buffer in (ids, tokens, codes, gate))
+    kept = None if kept is None else kept[:, :num_tokens]
+    return Decoded(ids, tokens, codes, gate, len(accepted), accepted, kept)
+
+
+def _next_length(length: int, fresh: list[int], longest: int) -> int:
+    """Twice as many positions as the luckiest sample got through this time: doubling while the draft holds."""
+    return min(2 * max(fresh), longest)
+
+
+class _Chooser:
+    """From hidden states of all rows to one class, token and code at each position of a block."""
+
+    def __init__(self, model: ClearEditModel, settings: DecodeSettings, rows: int, samples, source_tokens, room: int):
+        self.model, self.settings, self.rows = model, settings, rows
+        self.weights = row_weights(rows, settings.cfg_weight, settings.cfg_weight2)
+        self.filters = warpers(settings.temperature, settings.top_k, settings.top_p)
+        self.may_copy = source_tokens is not None and len(model.vocabulary) > 0
+        if self.may_copy:
+            self.transformed = F.pad(source_tokens, (0, room - source_tokens.shape[1])).unsqueeze(-2)
+        self.noise = None
+        if settings.temperature > 0:
+            noise = [gumbel_noise(*key, room, model.vocabulary.num_classes) for key in samples]
+            self.noise = torch.stack(noise).to(model.device)
+
+    def __call__(self, hidden: torch.Tensor, index: torch.Tensor):
+        """Hidden states (S·R, B, H) at positions (S, B) to ids, tokens, codes, gate (S, B) and scores (S, B, C)."""
+        settings, codebook = self.settings, self.model.vocabulary.codebook_size
+        count, length = index.shape
+        logits = self.model.logits(hidden).view(count, self.rows, length, -1)
+        # Positions are drawn independently of each other: they count as samples here.
+        guided = guide(logits, self.weights).flatten(0, 1)
+        noise = None
+        if self.noise is not None:
+            noise = self.noise[torch.arange(count, device=index.device).unsqueeze(1), index].flatten(0, 1)
+        code = draw(guided[:, :codebook], None if noise is None else noise[:, :codebook], self.filters)
+        choice, gate = code, torch.full_like(code, float("nan"), dtype=torch.float32)
+        if self.may_copy and settings.guidance == "joint":
             guided = guided.clone()
             guided[:, codebook:] += settings.clear_bias
-            gate[:, step] = gate_log_odds(guided, codebook)
-            choice = draw(guided, noise_now, filters)
+            gate = gate_log_odds(guided, codebook)
+            choice = draw(guided, noise, self.filters)
             code = torch.where(choice < codebook, choice, code)  # top-k and top-p see one class more here
-        elif may_copy:
-            odds = gate_log_odds(logits[:, 0], codebook, config.clear_weight)
-            gate[:, step] = odds + settings.clear_bias
-            copied = codebook + logits[:, 0, codebook:].argmax(-1)
-            choice = torch.where(gate[:, step] > 0, copied, code)
-        if keep_logits:
-            kept.append(guided)
-        ids[:, step], codes[:, step] = choice, code
-        if may_copy:
-            choice = model.vocabulary.remap(choice.unsqueeze(-1), transformed[..., step : step + 1]).squeeze(-1)
-        tokens[:, step] = choice
-        embeds = token_embeddings(model.base, choice.repeat_interleave(rows).unsqueeze(1)).to(embeds.dtype)
-        if on_step is not None:
-            on_step(step + 1)
-    return Decoded(ids, tokens, codes, gate, num_tokens, torch.stack(kept, dim=1) if keep_logits else None)
+        elif self.may_copy:
+            full = logits[:, 0].flatten(0, 1)
+            gate = gate_log_odds(full, codebook, self.model.clear_config.clear_weight) + settings.clear_bias
+            choice = torch.where(gate > 0, codebook + full[:, codebook:].argmax(-1), code)
+        ids, codes, gate = (value.view(count, length) for value in (choice, code, gate))
+        tokens = ids
+        if self.may_copy:
+            transformed = self.transformed.gather(-1, index.unsqueeze(1).expand(-1, self.transformed.shape[1], -1))
+            tokens = self.model.vocabulary.remap(ids, transformed)
+        return ids, tokens, codes, gate, guided.view(count, length, -1)

@@ -1,0 +1,6 @@
+"""`python scripts/push.py`: the same job as `thinkclearly push`."""
+
+from thinkclearly.cli import push, start
+
+if __name__ == "__main__":
+    start(push)
