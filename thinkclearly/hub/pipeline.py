@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, Pipeline, PreTrainedConfig
 from transformers.image_utils import load_image as fetch_image
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.base import PipelineException
 from transformers.utils import ModelOutput
 
 from thinkclearly.editing.editor import Editor, EditResult, EditSettings
@@ -126,7 +127,9 @@ class ClearEditPipeline(Pipeline):
         if isinstance(prompt, (list, tuple)):
             inputs = [inputs] * len(prompt) if _is_one_picture(inputs) else list(inputs)
             if len(inputs) != len(prompt):
-                raise ValueError(f"{len(inputs)} pictures and {len(prompt)} prompts; give one for each, or one for all")
+                raise ValueError(
+                    f"{len(inputs)} pictures and {len(prompt)} prompts; give one for each, or one for all"
+                )
         elif _is_one_picture(inputs):
             return super().__call__(_item(inputs, prompt), **kwargs)
         items = _items(inputs, prompt)
@@ -202,12 +205,22 @@ class ClearEditLoader:
 
         Args:
             kwargs: those of `load_clear_model`; what `pipeline()` adds for its own models is left out.
+
+        Raises:
+            PipelineException: whatever went wrong; after other errors `pipeline()` would quietly try the base model.
         """
         for name in ("trust_remote_code", "local_files_only", "_from_pipeline"):
             kwargs.pop(name, None)
+        # pipeline() has looked the revision up in the repository of the base model; it was meant for this one.
+        revision = kwargs.pop("revision", None)
+        kwargs["revision"] = getattr(revision, "initial", revision)
         if kwargs.get("dtype", "auto") == "auto":
             kwargs["dtype"] = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
-        model, model.processor = load_clear_model(name_or_path, **kwargs)
+        try:
+            model, processor = load_clear_model(name_or_path, **kwargs)
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            raise PipelineException(TASK, name_or_path, str(error)) from error
+        model.processor = processor
         return model
 
 

@@ -1,6 +1,6 @@
 """The pipeline of this fine-tune, for processes that import only transformers; the work is done by thinkclearly.
 
-    pipeline("clear-edit", model="you/name", config="you/name", trust_remote_code=True)
+pipeline("clear-edit", model="you/name", config="you/name", trust_remote_code=True)
 """
 
 import transformers
@@ -9,10 +9,11 @@ try:
     from thinkclearly.hub.pipeline import ClearEditLoader, ClearEditPipeline
 except ImportError as error:
     raise ImportError(
-        "This model edits pictures with instruction tokens and needs the package that made it: pip install thinkclearly"
+        "This model edits pictures with instruction tokens and needs the package that made it: "
+        "pip install thinkclearly"
     ) from error
 
 __all__ = ["ClearEditPipeline"]
 
-# pipeline() looks the classes that config.json names up in transformers.
-transformers.ClearEditLoader = ClearEditLoader
+# pipeline() looks the architecture that config.json names up in transformers.
+transformers.ClearEditModel = ClearEditLoader

@@ -1,0 +1,416 @@
+"""What is pushed is what the card promises, nothing else leaves the machine, and a push that broke off goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from thinkclearly import load_editor
+from thinkclearly.config import RecipeParser, effective_recipe
+from thinkclearly.data import sources
+from thinkclearly.data.prepare import load_encoded, prepare_dataset
+from thinkclearly.hub.publish import check_publishable, push, staged
+from thinkclearly.jobs import TRAIN_OPTIONS, ClearTrainingArguments, train
+from thinkclearly.models.backbone import base_hash, codebook_hash, load_backbone
+from thinkclearly.models.clear_head import ClearConfig
+from thinkclearly.training.adapters import add_lora
+
+BIN = Path(sys.executable).parent
+INSTRUCTION = "Make the red circle blue."
+SHARED = {
+    *("README.md", "adapter_config.json", "adapter_model.safetensors", "clear_config.json", "config.json"),
+    *("clear_edit_pipeline.py", "gen_head_clear.safetensors", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "recipe.yaml", "samples/step_000002.png"),
+}
+JUNK = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", ".env") + (
+    "runs/events.out.tfevents.1",
+    "checkpoint-2/adapter_model.safetensors",
+    "samples/step_000002.tmp",
+)
+RECIPE = {"base_model": "you/base", "source": "magicbrush", "lora_r": 4}
+EDITS = {"held_out": {"pictures": {"raw": {"psnr_pooled_outside": 17.5}}, "done": {"pixel_composite": 0.25}}}
+METRICS = {"eval_loss": 2.5, "eval_gate_auc": 0.75, "eval_runtime": 3.0, "train_loss": 3.0}
+
+
+@pytest.fixture(scope="module")
+def finetune(golden, tmp_path_factory):
+    """What training leaves, with a gate that copies some patches and paints others."""
+    directory = tmp_path_factory.mktemp("run") / "clear"
+    torch.manual_seed(0)
+    backbone = load_backbone(golden / "checkpoint")
+    hashes = {"codebook_hash": codebook_hash(backbone.model), "base_hash": base_hash(backbone.model)}
+    config = ClearConfig(128, clear_weight=0.3, **hashes)
+    model = add_lora(backbone, str(golden / "checkpoint"), config, r=4, lora_alpha=8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or name == "clear_head.weight":
+                parameter.normal_(std=0.05)
+    for _ in range(2):
+        model.save_pretrained(directory)
+        backbone.processor.save_pretrained(directory)
+        gate = landscape(golden, directory).gate
+        model.clear_head.bias.data -= gate.median()
+    for name in JUNK:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text("secret")
+    Image.new("RGB", (8, 8)).save(directory / "samples" / "step_000002.png")
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (directory / "all_results.json").write_text(json.dumps(METRICS))
+    (directory.parent / "metrics.json").write_text(json.dumps(EDITS))
+    return directory
+
+
+def landscape(golden, directory, **options):
+    return load_editor(directory, **options).edit(golden / "images" / "landscape.png", INSTRUCTION, seed=3)
+
+
+def share(directory, **options):
+    """What would be pushed, without asking any Hub for a license."""
+    return staged(directory, "you/edit", **{"base_model_id": "you/base", "license": "mit"} | options)
+
+
+def names(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- what is shared ----------------------------------------------------------------------------------------------
+
+
+def test_a_repository_has_the_files_of_the_fine_tune_and_no_others(finetune):
+    before = {name: (finetune / name).stat().st_mtime_ns for name in names(finetune)}
+    with share(finetune) as folder:
+        assert names(folder) == SHARED
+        assert not any(b"secret" in (folder / name).read_bytes() for name in SHARED)
+        config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "janus" and "clear-edit" in config["custom_pipelines"]
+    assert {name: (finetune / name).stat().st_mtime_ns for name in names(finetune)} == before
+
+
+def test_a_checkpoint_brings_the_recipe_and_samples_of_its_run(finetune, tmp_path):
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    os.symlink(finetune, tmp_path / "run" / "checkpoint-2")
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    with share(tmp_path / "run" / "checkpoint-2") as folder:
+        assert names(folder) == SHARED - {"samples/step_000002.png"}
+
+
+def test_a_local_base_model_is_refused_until_its_hub_id_is_given(golden, finetune):
+    base = str(golden / "checkpoint")
+    with pytest.raises(ValueError, match=f"names '{base}' as the base model.*--base_model_id"):
+        with share(finetune, base_model_id=None):
+            pass
+    with share(finetune, base_model_id="they/janus") as folder:
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "they/janus"
+        assert not any(base.encode() in (folder / name).read_bytes() for name in names(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("recipe.yaml", "key: hf_abcdefghijklmnopqrst", "looks like a Hub token"),
+        ("tokenizer_config.json", '{"file": "/home/me/tokenizer.json"}', "holds /home/me/tokenizer.json, a path"),
+        ("config.json", r'{"file": "C:\\Users\\me"}', "a path of this machine"),
+    ],
+)
+def test_tokens_and_paths_of_this_machine_are_not_published(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        check_publishable(tmp_path)
+
+
+def test_training_that_could_not_be_pushed_does_not_begin(golden, tmp_path):
+    argv = ["--base_model", str(golden / "checkpoint"), "--push_to_hub", "true", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="nobody else can load.*--base_model_id"):
+        train(*RecipeParser(TRAIN_OPTIONS).parse(argv))
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_folders_are_not_taken_for_a_fine_tune(tmp_path):
+    with pytest.raises(FileNotFoundError, match="lacks gen_head_clear.safetensors.*thinkclearly train"):
+        push(tmp_path, "you/edit")
+
+
+def test_saved_training_arguments_hold_no_token(tmp_path):
+    arguments = ClearTrainingArguments(output_dir=str(tmp_path), hub_token="hf_of_you")
+    torch.save(arguments, tmp_path / "training_args.bin")
+    assert arguments.hub_token == "hf_of_you"
+    assert b"hf_of_you" not in (tmp_path / "training_args.bin").read_bytes()
+
+
+def test_the_published_recipe_gives_the_same_options_and_names_no_path(tmp_path):
+    argv = ["--base_model", str(tmp_path), "--output_dir", str(tmp_path), "--lora_r", "4", "--clear_bias", "0.5"]
+    argv += ["--hub_token", "hf_of_you", "--optim", "sgd", "--warmup_steps", "3", "--source", "magicbrush"]
+    options = RecipeParser(TRAIN_OPTIONS).parse(argv)
+    recipe = effective_recipe(*options)
+    assert str(tmp_path) not in str(recipe) and "hub" not in str(recipe)
+    assert (recipe["optim"], recipe["clear_bias"], recipe["learning_rate"]) == ("sgd", 0.5, 5e-5)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert effective_recipe(*RecipeParser(TRAIN_OPTIONS).parse([str(tmp_path / "recipe.yaml")])) == {
+        "base_model": "tiny",
+        **recipe,
+    }
+
+
+# ---- the card ----------------------------------------------------------------------------------------------------
+
+
+def test_the_card_tells_base_data_metrics_recipe_and_use(finetune):
+    with share(finetune) as folder:
+        card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
+    assert (data["base_model"], data["license"], data["datasets"]) == ("you/base", "mit", ["osunlp/MagicBrush"])
+    assert (data["library_name"], data["pipeline_tag"]) == ("peft", "image-to-image")
+    assert {result.metric_name: result.metric_value for result in card.data.eval_results} == {
+        "loss": 2.5,
+        "gate auc": 0.75,
+        "PSNR outside the true mask, dB, raw": 17.5,
+        "asked edit done, pixel composite": 0.25,
+    }
+    assert "![step 000002](samples/step_000002.png)" in card.text and "lora_r: 4" in card.text
+    assert 'edit = pipeline("clear-edit", model="you/edit")' in card.text
+    assert "More Information Needed" not in card.text
+
+
+def test_a_card_that_the_user_wrote_keeps_its_text(finetune):
+    theirs = (finetune / "README.md").read_bytes()  # PEFT's empty form
+    (finetune / "README.md").write_text("---\nlicense: mit\ntags: [mine]\n---\n# My model\n\nMy words.\n")
+    try:
+        with share(finetune, license="apache-2.0") as folder:
+            card = ModelCard.load(folder / "README.md")
+    finally:
+        (finetune / "README.md").write_bytes(theirs)
+    assert card.text.strip() == "# My model\n\nMy words."
+    data = card.data.to_dict()
+    assert data["license"] == "apache-2.0" and data["base_model"] == "you/base" and data["model-index"]
+    assert {"mine", "clear-edit"} <= set(data["tags"])
+
+
+# ---- the same edits in other forms -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "below"),
+    [
+        ({"merged": "native", "dtype": torch.float32, "max_shard_size": "1MB"}, ""),
+        ({"merged": "deepseek", "dtype": torch.float32, "max_shard_size": "1MB"}, ""),
+        ({"pt": True}, "original"),
+    ],
+    ids=["native", "deepseek", "original"],
+)
+def test_merged_weights_and_the_originals_format_edit_as_the_adapter_does(golden, finetune, options, below):
+    expected = landscape(golden, finetune)
+    assert 0 < expected.clear_fraction < 1
+    with share(finetune, **options) as folder:
+        found = landscape(golden, folder / below, **({"base": golden / "checkpoint"} if below else {}))
+        if "merged" in options:
+            assert (
+                len(list(folder.glob("model-*-of-*.safetensors"))) > 1
+                and not (folder / "adapter_config.json").exists()
+            )
+    assert torch.equal(found.ids, expected.ids) and found.image.tobytes() == expected.image.tobytes()
+    torch.testing.assert_close(found.gate, expected.gate, atol=1e-4, rtol=1e-4)
+
+
+# ---- over HTTP ---------------------------------------------------------------------------------------------------
+
+
+def client(hub: HubServer, cache: Path, **environment) -> dict:
+    """The environment of a client that knows no Hub but this one and has nothing in its cache."""
+    outer = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_of_you", "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1"}
+    return outer | own | {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"} | environment
+
+
+def python(script: str, *arguments, env: dict):
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+PUSH_TWICE = """
+import json, sys
+from huggingface_hub import HfApi
+from thinkclearly import cli
+for _ in range(2):
+    cli.main(sys.argv[1:])
+    HfApi().whoami()
+print("null")
+"""
+
+
+def test_a_killed_push_goes_on_with_what_is_missing(finetune, tmp_path, hub):
+    hub.lfs, hub.cut_after, hub.stays_down = (".safetensors",), 1_500_000, True
+    env = client(hub, tmp_path, HF_HUB_DISABLE_XET="1")
+    argv = ["push", finetune, "--repo_id", "you/merged", "--merged", "native", "--max_shard_size", "1MB"]
+    argv = [*map(str, argv), "--base_model_id", "you/base", "--license", "mit"]
+    with subprocess.Popen([BIN / "thinkclearly", *argv], env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert hub.was_cut.wait(300), process.communicate()[1]
+        process.kill()
+    there = {path.name for path in hub.folder.iterdir()}
+    hub.mend()
+    python(PUSH_TWICE, *argv, env=env)
+    files = hub.repositories["models", "you/merged"].find("main").files
+    shards = {blob.sha256 for path, blob in files.items() if path.endswith(".safetensors")}
+    first, second = runs(hub)
+    sent = {path.removeprefix("/lfs/") for method, path, _ in first if method == "PUT"}
+    assert there & shards and sent == shards - there
+    assert not [path for method, path, _ in second if method == "PUT" or "/commit/" in path]
+
+
+def runs(hub):
+    """The log between the client's calls of whoami."""
+    parts = [[]]
+    for entry in hub.log:
+        parts.append([]) if entry[1] == "/api/whoami-v2" else parts[-1].append(entry)
+    return parts[:-1]
+
+
+ROUND_TRIP = """
+import json, sys
+from pathlib import Path
+from huggingface_hub import HfApi
+from peft import PeftModel
+from safetensors.torch import load_file
+from thinkclearly import load_editor
+from thinkclearly.data.prepare import load_encoded
+from thinkclearly.hub.publish import pull_dataset, push, upload
+from thinkclearly.models.backbone import load_backbone
+
+finetune, base, prepared, photo, instruction = sys.argv[1:]
+api, options = HfApi(), {"base_model_id": "you/base"}
+
+def message(call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+
+upload(Path(base), "you/base")
+push(finetune, "you/edit", private=True, **options)
+push(finetune, "you/edit", revision="pt", pt=True, **options)
+api.create_tag("you/edit", tag="v1")
+request = push(finetune, "you/edit", create_pr=True, license="mit", **options)
+refs = api.list_repo_refs("you/edit")
+backbone = load_backbone("you/base")
+push(prepared, "you/data")
+encoded = load_encoded(pull_dataset("you/data"), backbone)
+adapter = PeftModel.from_pretrained(backbone.model, "you/edit").state_dict()
+saved = load_file(f"{finetune}/adapter_model.safetensors")
+print(json.dumps({
+    "files": {name: api.list_repo_files("you/edit", revision=name) for name in ("main", "pt")},
+    "models": sorted(model.id for model in api.list_models(author="you")),
+    "refs": [[ref.name for ref in refs.branches], [ref.name for ref in refs.tags]],
+    "commits": [commit.title for commit in api.list_repo_commits("you/edit")],
+    "private": api.model_info("you/edit").private,
+    "pull request": request.pr_url,
+    "peft": all((adapter[key.replace(".weight", ".default.weight")] == saved[key]).all().item() for key in saved),
+    "ids": [load_editor("you/edit", revision=revision).edit(photo, instruction, seed=3).ids.tolist()
+            for revision in ("main", "v1")],
+    "data": [list(encoded[name]) for name in ("key", "target_tokens")],
+    "wrong token": message(push, finetune, "you/edit", token="hf_wrong", **options),
+    "not theirs": message(push, finetune, "you/edit", token="hf_of_them", **options),
+    "private to others": message(load_editor, "you/edit", token="hf_of_them", revision="pt"),
+    "missing": message(load_editor, "you/nothing"),
+    "missing revision": message(load_editor, "you/edit", revision="v2"),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(golden, tmp_path_factory):
+    """Tokenized data, with a record that was left out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        folder = tmp_path_factory.mktemp("prepared")
+        prepare_dataset(sources.shapes(6, 48, seed=3), load_backbone(golden / "checkpoint"), folder)
+    (folder,) = folder.iterdir()
+    info = json.loads((folder / "preparation.json").read_text())
+    (folder / "preparation.json").write_text(json.dumps(info | {"skipped": ["/home/me/a.png: no picture"]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(golden, finetune, prepared, tmp_path_factory):
+    """A Hub with base, fine-tune and data, and what the client that pushed them saw."""
+    with HubServer(tmp_path_factory.mktemp("hub")) as hub:
+        photo = golden / "images" / "landscape.png"
+        arguments = [finetune, golden / "checkpoint", prepared, photo, INSTRUCTION]
+        yield hub, python(ROUND_TRIP, *arguments, env=client(hub, tmp_path_factory.mktemp("home")))
+
+
+def test_what_was_pushed_is_listed_downloaded_and_used(golden, finetune, prepared, shared):
+    hub, seen = shared
+    assert set(seen["files"]["main"]) == SHARED | {".gitattributes"}
+    assert {"original/gen_head_clear.pt", "original/clear_meta.json"} <= set(seen["files"]["pt"])
+    assert seen["models"] == ["you/base", "you/edit"] and seen["private"]
+    assert seen["refs"] == [["main", "pt"], ["v1"]] and len(seen["commits"]) == 2
+    assert seen["peft"]
+    assert seen["ids"] == [landscape(golden, finetune).ids.tolist()] * 2
+    cards = [ModelCard(hub.files("you/edit", name)["README.md"].decode()) for name in ("main", "refs/pr/1")]
+    assert [card.data.license for card in cards] == [None, "mit"] and seen["pull request"].endswith("/discussions/1")
+
+
+def test_tokenized_data_comes_back_and_names_no_file_of_this_machine(golden, prepared, shared):
+    hub, seen = shared
+    encoded = load_encoded(prepared, load_backbone(golden / "checkpoint"))
+    assert seen["data"] == [list(encoded[name]) for name in ("key", "target_tokens")]
+    files = hub.files("you/data", kind="datasets")
+    assert not [name for name, content in files.items() if b"/home/me" in content]
+    assert "--path you/data" in files["README.md"].decode()
+
+
+def test_refusals_say_what_to_do(shared):
+    _, seen = shared
+    for name in ("wrong token", "not theirs"):
+        assert seen[name].startswith("PermissionError: The Hub at") and "hf auth login" in seen[name]
+    assert "Invalid credentials" in seen["wrong token"] and "them may not" in seen["not theirs"]
+    for name in ("private to others", "missing"):
+        assert "neither a folder nor a Hub repository that can be read now" in seen[name]
+    assert "v2" in seen["missing revision"]
+
+
+def test_push_to_hub_in_a_recipe_shares_what_push_shares(shared, tmp_path):
+    hub, _ = shared
+    recipe = {
+        **{"base_model": "you/base", "source": "prepared", "path": "you/data", "eval_samples": 2, "max_steps": 2},
+        **{"save_steps": 1, "eval_steps": 2, "output_dir": str(tmp_path / "clear"), "lora_r": 4},
+        **{"push_to_hub": True, "hub_model_id": "you/trained", "hub_strategy": "checkpoint", "hub_always_push": True},
+        **{"hub_private_repo": True, "hub_revision": "tries", "hub_token": "hf_of_you"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    env = client(hub, tmp_path / "home", HF_TOKEN="")
+    result = subprocess.run(
+        [BIN / "thinkclearly", "train", tmp_path / "recipe.yaml"], env=env, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert hub.repositories["models", "you/trained"].private
+    assert set(hub.files("you/trained")) == {".gitattributes"}
+    files = hub.files("you/trained", "tries")
+    own = {name for name in files if not name.startswith("last-checkpoint/")}
+    assert own == SHARED - {"samples/step_000002.png"} | {".gitattributes"}
+    assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= set(files)
+    secret = ("hf_of_you", str(tmp_path))
+    assert not [name for name, content in files.items() if any(word.encode() in content for word in secret)]
+    adapter = (tmp_path / "clear" / "adapter_model.safetensors").read_bytes()
+    assert files["adapter_model.safetensors"] == files["last-checkpoint/adapter_model.safetensors"] == adapter
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == "you/base" and card.data.datasets == ["you/data"]
+    assert "loss" in {result.metric_name for result in card.data.eval_results} and "max_steps: 2" in card.text
+    assert [commit.title for commit in history(hub, "you/trained", "tries")][0] == "End of training"
+
+
+def history(hub, name, branch):
+    repository = hub.repositories["models", name]
+    commit = repository.find(branch)
+    while commit:
+        yield commit
+        commit = repository.commits.get(commit.parent)

@@ -1,0 +1,317 @@
+"""`thinkclearly push`: a fine-tune, merged weights or prepared data as a repository on the Hub; and data back again.
+
+Knows which files belong in a repository and what must not leave the machine. The words of the card are `hub.card`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import httpx
+from peft import PeftModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from thinkclearly.config import is_local
+from thinkclearly.data.prepare import INFO_FILE, Preparation
+from thinkclearly.hub.card import CARD_FILE, RECIPE_FILE, dataset_card, model_card
+from thinkclearly.models.backbone import TINY
+from thinkclearly.models.checkpoint import export_deepseek
+from thinkclearly.models.clear_head import CONFIG_FILE, HEAD_FILE
+from thinkclearly.models.original_finetune import write_original_finetune
+from thinkclearly.training.adapters import load_clear_model
+
+ADAPTER_CONFIG, PIPELINE_FILE = "adapter_config.json", "clear_edit_pipeline.py"
+REQUIRED = (HEAD_FILE, CONFIG_FILE, "config.json")
+PROCESSOR_FILES = (
+    *("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+)
+WEIGHT_FILES = (
+    *(ADAPTER_CONFIG, "adapter_model.safetensors", "generation_config.json", "model.safetensors"),
+    *("model-*-of-*.safetensors", "model.safetensors.index.json"),
+)
+_SHARD = "shard-?????-of-?????"
+DATASET_FILES = (f"{_SHARD}/data-*.arrow", f"{_SHARD}/dataset_info.json", f"{_SHARD}/state.json")
+SAMPLES = 8
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+_LOCAL_PATH = re.compile(r'"((?:/|[A-Za-z]:\\\\)[^"/\\]+[/\\][^"]*)"')
+
+
+def push(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    message: str = "Push by thinkclearly",
+    **options,
+) -> CommitInfo:
+    """Uploads a fine-tune or prepared data. Given again it sends only what is not there yet.
+
+    Args:
+        directory: what `thinkclearly train` wrote, a checkpoint in it, or a folder of prepared data.
+        repo_id: created where it does not exist; a folder of prepared data becomes a data set.
+        private: for a new repository; the account's default where not given.
+        revision: branch, created where it does not exist.
+        create_pr: open a pull request instead of committing.
+        token: the one that `hf auth login` stored, or HF_TOKEN, where not given.
+        options: for a fine-tune, those of `staged`.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is neither, or something in it must not be published.
+        PermissionError: the Hub does not take the token.
+    """
+    directory = Path(directory)
+    if "/" not in repo_id:
+        repo_id = f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+    if (directory / INFO_FILE).is_file():
+        stage, kind = _staged_data(directory, repo_id), "dataset"
+    else:
+        stage, kind = staged(directory, repo_id, **options), "model"
+    with stage as folder:
+        return upload(folder, repo_id, kind, private, revision, create_pr, token, message)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    kind: str = "model",
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    message: str = "Push by thinkclearly",
+) -> CommitInfo:
+    """Every file of `folder` into the repository; `huggingface_hub` leaves out what is there already."""
+    api = HfApi(token=token, library_name="thinkclearly")
+    target = {"repo_type": kind, "revision": revision}
+    try:
+        repo_id = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True).repo_id
+        if (folder / ADAPTER_CONFIG).is_file() and _base_in(folder) == tiny_id(repo_id):
+            _share_tiny(api, tiny_id(repo_id), private)
+        if revision and not revision.startswith("refs/"):
+            api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, create_pr=create_pr, commit_message=message, **target
+        )
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(
+            f"The Hub at {api.endpoint} refuses to write to {repo_id}: {error.server_message or error}. Log in with "
+            "`hf auth login` or set HF_TOKEN to a token that may write there."
+        ) from error
+    except httpx.TransportError as error:
+        raise ConnectionError(
+            f"The connection to the Hub at {api.endpoint} failed: {error}. Give the same command again."
+        ) from error
+
+
+@contextmanager
+def staged(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    base_model_id: str | None = None,
+    license: str | None = None,
+    pt: bool = False,
+    merged: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: str = "5GB",
+) -> Iterator[Path]:
+    """A temporary folder (TMPDIR) with exactly the files of the repository; linked, not copied, on the same disk.
+
+    Args:
+        base_model_id: Hub id of the base model, where training used a local folder.
+        license: as the Hub names it; what the base model's page says where not given.
+        pt: add `original/`, the same fine-tune for the original script.
+        merged: "native" or "deepseek": whole weights in that layout, and no adapter.
+        dtype, max_shard_size: of merged weights.
+
+    Raises:
+        FileNotFoundError: no fine-tune. ValueError: a local path or a token would be published.
+    """
+    directory = Path(directory).absolute()
+    _check_complete(directory)
+    run = directory.parent if directory.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else directory
+    base = base_model_of(directory, base_model_id)
+    base = tiny_id(repo_id) if base == "tiny" else base
+    with tempfile.TemporaryDirectory(prefix="thinkclearly-push-") as temporary:
+        folder = Path(temporary) / "repository"
+        if merged:
+            merge(directory, folder, merged, dtype, max_shard_size)
+        else:
+            folder.mkdir()
+            _link(directory, folder, (*REQUIRED, *PROCESSOR_FILES, *WEIGHT_FILES))
+            if (folder / ADAPTER_CONFIG).is_file():
+                settings = _read_json(folder / ADAPTER_CONFIG) | {"base_model_name_or_path": base}
+                _write_json(folder / ADAPTER_CONFIG, settings)
+        if merged != "deepseek":  # transformers' own pipeline() cannot read that layout's configuration anyway
+            _write_json(folder / "config.json", pipeline_config(_read_json(folder / "config.json")))
+            shutil.copy(Path(__file__).parent / "remote_pipeline.py", folder / PIPELINE_FILE)
+        _link(run, folder, (RECIPE_FILE,))
+        samples = sorted((run / "samples").glob("*.png"), reverse=True)[:SAMPLES]
+        _link(run, folder, [f"samples/{path.name}" for path in samples])
+        if pt:
+            model, _ = load_clear_model(directory)
+            write_original_finetune(model, folder / "original")
+            settings = _read_json(folder / "original" / ADAPTER_CONFIG) | {"base_model_name_or_path": base}
+            _write_json(folder / "original" / ADAPTER_CONFIG, settings)
+        licenses = {"license": license} if license else license_of(base)
+        names = [f"samples/{path.name}" for path in samples]
+        is_adapter = (folder / ADAPTER_CONFIG).is_file()
+        model_card(run, repo_id, base, names, licenses, is_adapter).save(folder / CARD_FILE)
+        check_publishable(folder)
+        yield folder
+
+
+def base_model_of(directory: Path, base_model_id: str | None) -> str | None:
+    """The base model as others can find it; None for whole weights, which need none.
+
+    Raises:
+        ValueError: training used a local folder, and `base_model_id` does not say what that is on the Hub.
+    """
+    if base_model_id is not None:
+        return base_model_id
+    if not (directory / ADAPTER_CONFIG).is_file():
+        return None
+    base = _base_in(directory)
+    if not base or is_local(base):
+        raise ValueError(
+            f"{directory / ADAPTER_CONFIG} names {base!r} as the base model, which nobody else can load. Say what it "
+            "is on the Hub with --base_model_id owner/name."
+        )
+    return base
+
+
+def tiny_id(repo_id: str) -> str:
+    """Where the tiny Janus lies for those who load `repo_id`: `pipeline()` looks the base up on the Hub."""
+    return f"{repo_id.rpartition('/')[0] or 'you'}/thinkclearly-tiny-janus"
+
+
+def _share_tiny(api: HfApi, name: str, private: bool | None) -> None:
+    api.create_repo(name, private=private, exist_ok=True)
+    if not api.file_exists(name, "model.safetensors"):
+        api.upload_folder(repo_id=name, folder_path=TINY, commit_message="The tiny Janus that thinkclearly ships")
+
+
+def license_of(base: str | None) -> dict[str, str]:
+    """What the base model's page on the Hub says of its license; nothing where it cannot be read."""
+    if base is None:
+        return {}
+    try:
+        card = HfApi().model_info(base).card_data or {}
+    except (HfHubHTTPError, httpx.TransportError):
+        return {}
+    return {name: card[name] for name in ("license", "license_name", "license_link") if card.get(name)}
+
+
+def pipeline_config(base_config: dict) -> dict:
+    """The `config.json` of a repository: the base model's, and where `pipeline("clear-edit")` finds its code.
+
+    The model class is named under `architectures`, which `pipeline()` reads after the repository's own file has made
+    it known (hub/remote_pipeline.py); under `pt` it would be looked up before.
+    """
+    impl = f"{PIPELINE_FILE.removesuffix('.py')}.ClearEditPipeline"
+    pipelines = {"clear-edit": {"impl": impl, "pt": [], "type": "multimodal"}}
+    return {**base_config, "architectures": ["ClearEditModel"], "custom_pipelines": pipelines}
+
+
+def merge(directory: Path, folder: Path, layout: str, dtype: torch.dtype, max_shard_size: str) -> None:
+    """Whole weights of a fine-tune, LoRA added in, with CLEAR head and processor; peak memory is one copy of them."""
+    model, processor = load_clear_model(directory, dtype=dtype)
+    source = model.base.name_or_path
+    if isinstance(model.janus, PeftModel):
+        model.janus = model.janus.merge_and_unload()
+    if layout == "deepseek":
+        # The tokenizer files as they are: transformers 5 would write a class that DeepSeek's code does not find.
+        export_deepseek(model.base, folder, processor_source=source, max_shard_size=max_shard_size)
+    else:
+        model.base.save_pretrained(folder, max_shard_size=max_shard_size)
+        processor.save_pretrained(folder)
+    _link(directory, folder, (HEAD_FILE, CONFIG_FILE))
+
+
+def check_publishable(folder: Path) -> None:
+    """Raises `ValueError` where a text file of `folder` holds a Hub token, or a JSON file a path of this machine."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix not in (".json", ".md", ".yaml", ".py") or path.name == "tokenizer.json":
+            continue
+        text = path.read_text(encoding="utf-8")
+        if _TOKEN.search(text):
+            raise ValueError(f"{path.name} holds what looks like a Hub token; take it out before the folder is pushed")
+        if path.suffix == ".json" and (found := _LOCAL_PATH.search(text)):
+            raise ValueError(f"{path.name} holds {found[1]}, a path of this machine; take it out or write a Hub id")
+
+
+def pull_dataset(name_or_path: str, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder of prepared data, `load_encoded` reads it: a local one, or a data set from the Hub."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    wanted = [INFO_FILE, *DATASET_FILES]
+    folder = Path(
+        snapshot_download(name_or_path, repo_type="dataset", revision=revision, token=token, allow_patterns=wanted)
+    )
+    if not (folder / INFO_FILE).is_file():
+        raise FileNotFoundError(
+            f"The data set {name_or_path} has no {INFO_FILE}: it was not written by `thinkclearly push`. Read photo "
+            "pairs from the Hub with --source magicbrush."
+        )
+    return folder
+
+
+@contextmanager
+def _staged_data(directory: Path, repo_id: str) -> Iterator[Path]:
+    info = _read_json(directory / INFO_FILE) | {"skipped": None}  # names of files, perhaps
+    with tempfile.TemporaryDirectory(prefix="thinkclearly-push-") as temporary:
+        folder = Path(temporary)
+        _link(directory, folder, DATASET_FILES)
+        _write_json(folder / INFO_FILE, info)
+        dataset_card(repo_id, Preparation(**info)).save(folder / CARD_FILE)
+        check_publishable(folder)
+        yield folder
+
+
+def _check_complete(directory: Path) -> None:
+    missing = [name for name in REQUIRED if not (directory / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{directory} lacks {', '.join(missing)}: expected a folder that `thinkclearly train` wrote, or one of "
+            f"prepared data with {INFO_FILE}."
+        )
+
+
+def _link(source: Path, target: Path, patterns) -> None:
+    """Files that match a pattern, as hard links: weights are large, and a checkpoint may be rotated away meanwhile."""
+    for path in [path for pattern in patterns for path in source.glob(pattern)]:
+        name = path.relative_to(source)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path.resolve(), target / name)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(path, target / name)
+
+
+def _base_in(directory: Path) -> str | None:
+    return _read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.unlink(missing_ok=True)  # it may be a link to the original
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
