@@ -62,6 +62,9 @@ class EditResult:
         gate: float32 (N,), log-odds of copying.
         clear: bool (g, g), the mask that the composite used.
         clear_fraction: share of CLEAR patches among those that show the picture (not the padding around it).
+        passes: forward passes of the batch that this edit was decoded in.
+        accepted: positions that became final in each of them.
+        seconds: of the batch, by stage.
     """
 
     image: Image.Image
@@ -83,6 +86,7 @@ class EditResult:
     sample: int
     settings: dict = field(default_factory=dict)
     passes: int = 0
+    accepted: list[int] = field(default_factory=list)
     seconds: dict = field(default_factory=dict)
 
     def copy_matching_tokens(self) -> Image.Image:
@@ -114,6 +118,7 @@ class EditResult:
             "clear_fraction": self.clear_fraction,
             "settings": self.settings,
             "passes": self.passes,
+            "accepted": self.accepted,
             "seconds": self.seconds,
             "ids": self.ids.tolist(),
             "tokens": self.tokens.tolist(),
@@ -149,7 +154,10 @@ class Editor:
 
     def __init__(self, model: ClearEditModel, processor: ClearEditProcessor, settings: EditSettings | None = None):
         self.model, self.processor = model.eval(), processor
-        self.settings = settings or _override(EditSettings(), model.clear_config.edit)
+        try:
+            self.settings = settings or _override(EditSettings(), model.clear_config.edit)
+        except TypeError as error:
+            raise ValueError(f"The checkpoint's clear_config.json: {error}. A newer thinkclearly? Upgrade.") from error
 
     def edit(self, image, instruction: str, *, num_images: int = 1, seed: int = 0, progress=None, **overrides):
         """Edits one picture.
@@ -253,6 +261,7 @@ class Editor:
             sample=0,
             settings=asdict(settings),
             passes=decoded.passes,
+            accepted=[each[k] for each in decoded.accepted],
         )
 
     @torch.inference_mode()

@@ -1,0 +1,102 @@
+"""The dry run counts what the real model has, and what autograd really keeps."""
+
+import json
+
+import huggingface_hub
+import pytest
+import torch
+
+from thinkclearly import cli, jobs
+from thinkclearly.config import LoraArguments, ModelArguments
+from thinkclearly.models.backbone import Backbone, load_backbone
+from thinkclearly.models.clear_head import ClearConfig
+from thinkclearly.models.empty import empty_janus
+from thinkclearly.training import memory
+
+
+@pytest.fixture(params=["golden", "tiny"])
+def base(request, golden):
+    return "tiny" if request.param == "tiny" else str(golden / "checkpoint")
+
+
+def build(base, backbone, **lora):
+    config = ClearConfig(backbone.model.config.vq_config.num_embeddings)
+    return jobs.build_model(ModelArguments(base), LoraArguments(lora_dropout=0.0, **lora), backbone, config)
+
+
+def empty(base, **lora):
+    with torch.device("meta"):
+        return build(base, Backbone(empty_janus(base), None), **lora)
+
+
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
+def test_parameters_are_those_of_the_real_model(base, rank):
+    model = empty(base, lora_r=rank)
+    real = build(base, load_backbone(base), lora_r=rank)
+    sizes = {name: (p.shape, p.requires_grad) for name, p in real.named_parameters()}
+    assert sizes == {name: (p.shape, p.requires_grad) for name, p in model.named_parameters()}
+    parts = {part.name: part for part in memory.weights(model, torch.float32)}
+    assert sum(part.parameters for part in parts.values()) == sum(p.numel() for p in real.parameters())
+    assert sum(part.bytes for part in parts.values()) == sum(p.nbytes for p in real.parameters())
+    assert parts["vqmodel"].parameters == sum(p.numel() for p in real.base.model.vqmodel.parameters())
+    gradients, states = memory.learning(model, torch.float32)
+    assert gradients.bytes == sum(p.nbytes for p in real.parameters() if p.requires_grad)
+    assert states.bytes == 2 * gradients.bytes
+    small = {part.name: part for part in memory.weights(model, torch.bfloat16, in_4bit=True)}
+    assert small["vqmodel"].bytes == parts["vqmodel"].bytes and small["lm_head"].bytes == parts["lm_head"].bytes / 2
+    assert 0.12 < small["language_model"].bytes / parts["language_model"].bytes < 0.25
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bf16"])
+def test_activations_are_what_autograd_keeps(golden, autocast):
+    base = str(golden / "checkpoint")
+    backbone = load_backbone(base)
+    model, n = build(base, backbone, lora_r=4).train(), backbone.processor.num_image_tokens
+    ids = torch.ones(2, 2 * n + memory.WORDS, dtype=torch.long)
+    slot, codes = torch.ones(2, dtype=torch.long), torch.ones(2, n, dtype=torch.long)
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
+    ):
+        pixels = torch.zeros(2, 3, backbone.processor.image_size, backbone.processor.image_size)
+        loss = model(ids, torch.ones_like(ids), slot, slot + n, codes, codes, pixels).logsumexp(-1).sum()
+    real = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+    found, logits = memory.activations(empty(base, lora_r=4), 2, autocast, checkpointing=False)
+    assert loss.requires_grad and logits.bytes == 3 * 4 * 2 * n * 129
+    assert found.bytes == pytest.approx(real, rel=0.25)
+    less, _ = memory.activations(empty(base, lora_r=4), 2, autocast, checkpointing=True)
+    assert less.bytes < found.bytes / 2
+
+
+def test_a_config_of_deepseek_alone_is_enough(tmp_path):
+    language = {"max_position_embeddings": 16384, "model_type": "llama", "num_hidden_layers": 30, "vocab_size": 102400}
+    config = {"model_type": "multi_modality", "language_config": language}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    count = sum(p.numel() for p in empty_janus(str(tmp_path)).parameters())
+    assert count / 1e9 == pytest.approx(7.42, abs=0.02), "Janus-Pro-7B"
+
+
+def test_a_dry_run_prints_a_table_and_touches_nothing(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jobs, "load_backbone", None)
+    argv = ["--base_model", base, "--dry_run", "true", "--load_in_4bit", "true", "--optim", "paged_adamw_8bit"]
+    cli.train([*argv, "--output_dir", str(tmp_path / "out"), "--activation_checkpointing", "true"])
+    page = capsys.readouterr().out
+    for word in ("language_model", "LoRA", "gradients", "optimizer states", "activations", "logits", "total", "FSDP2"):
+        assert word in page
+    assert "checkpointing on" in page and not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_not_there_is_a_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="--base_model a folder"):
+        empty_janus("nobody/no-such-model")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        empty_janus(str(tmp_path))

@@ -1,0 +1,113 @@
+"""The memory that a training run will need, component by component, counted without weights.
+
+Parameters come from a model on the meta device; activations from a forward pass over tensors that have a shape and no
+memory, which tells what autograd would keep. Knows nothing of recipes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+
+from thinkclearly.models.clear_head import ClearEditModel
+
+WORDS = 64  # tokens of instruction and template beside the picture's and the source's slots
+NF4 = 0.5 + (1 + 4 / 256) / 64  # bytes a weight: 4 bits, and doubly quantized scales of 64 weights each
+GIB = 2**30
+
+
+@dataclass
+class Part:
+    """One component: how many parameters it has, where that means something, and its bytes on one device."""
+
+    name: str
+    parameters: int | None
+    bytes: float
+
+
+def weights(model: ClearEditModel, dtype: torch.dtype, in_4bit: bool = False) -> list[Part]:
+    """The weights of each part of the base, the adapter and the CLEAR head.
+
+    Args:
+        model: on the meta device.
+        dtype: of the base; the VQ model is float32 anyway, and so are LoRA and the CLEAR head.
+        in_4bit: whether the language model's frozen matrices are.
+    """
+    parts: dict[str, Part] = {}
+    for name, parameter in model.base.named_parameters():
+        part = name.split(".")[1] if name.startswith("model.") else name.split(".")[0]
+        small = in_4bit and part == "language_model" and ".layers." in name and parameter.ndim == 2
+        size = NF4 if small else dtype.itemsize
+        if "lora_" in name or part == "vqmodel":
+            part, size = ("LoRA" if "lora_" in name else part), 4
+        row = parts.setdefault(part, Part(part, 0, 0))
+        row.parameters += parameter.numel()
+        row.bytes += parameter.numel() * size
+    count = sum(p.numel() for p in model.clear_head.parameters())
+    lora = [parts.pop("LoRA")] if "LoRA" in parts else []
+    return [*parts.values(), *lora, Part("CLEAR head", count, 4 * count)]
+
+
+def learning(model: ClearEditModel, dtype: torch.dtype, state_bytes: int | None = None) -> list[Part]:
+    """Gradients, and AdamW's two states of each trainable parameter: `state_bytes` each, else of the weight's type."""
+    count, total = 0, 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            count += parameter.numel()
+            total += parameter.numel() * (4 if "lora_" in name or name.startswith("clear_head") else dtype.itemsize)
+    return [
+        Part("gradients", count, total),
+        Part("optimizer states", None, 2 * (total if state_bytes is None else count * state_bytes)),
+    ]
+
+
+def activations(
+    model: ClearEditModel, batch_size: int, autocast: torch.dtype | None, checkpointing: bool
+) -> list[Part]:
+    """What the forward pass keeps for the backward pass, for one batch on one device.
+
+    Args:
+        model: on the meta device; takes its dtypes from there and loses its own parameters to shapes.
+        autocast: type of mixed precision, if any.
+        checkpointing: only the inputs of the layers are kept; one layer at a time is computed again.
+    """
+    config = model.config
+    n, side = config.vision_config.num_image_tokens, config.vision_config.image_size
+    kept: dict[int, torch.UntypedStorage] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu").train()
+        own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage
+            return tensor
+
+        ids, codes = (torch.zeros(batch_size, length, dtype=torch.long) for length in (2 * n + WORDS, n))
+        slot = torch.zeros(batch_size, dtype=torch.long)
+        pixels = torch.zeros(batch_size, 3, side, side)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
+        ):
+            logits = model(ids, torch.ones_like(ids), slot, slot, codes, codes, pixels)
+            F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+        softmax = logits.untyped_storage().nbytes()
+    total = sum(storage.nbytes() for key, storage in kept.items() if key not in own) - softmax
+    layers = config.text_config.num_hidden_layers
+    if checkpointing:
+        inputs = layers * batch_size * (3 * n + WORDS - 1) * config.text_config.hidden_size
+        total = inputs * (autocast or model.base.dtype).itemsize + total / layers
+    return [Part("activations", None, total), Part("logits, softmax, gradient", None, 3 * softmax)]
+
+
+def table(parts: list[Part]) -> str:
+    """Plain text, one line a component and one for the sum."""
+    lines = [f"{'component':28}{'parameters':>16}{'GiB':>10}"]
+    for part in [*parts, Part("total", None, sum(part.bytes for part in parts))]:
+        count = "" if part.parameters is None else f"{part.parameters:,}"
+        lines.append(f"{part.name:28}{count:>16}{part.bytes / GIB:>10.3f}")
+    return "\n".join(lines) + "\n"
