@@ -1,10 +1,11 @@
-# make demo: the main job on the tiny model that ships along. make test: the suite. Both set everything up first.
+# make demo: the main job on the tiny model that ships along. make test: the suite, make test-slow: what
+# it leaves out. All set everything up first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-slow lint format clean
 
 setup: $(READY)
 
@@ -19,6 +20,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow -s
 
 lint: setup
 	$(BIN)/ruff check .

@@ -35,7 +35,10 @@ setup(
     extras_require={
         "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.14"],
         "quantized": ["bitsandbytes>=0.48; sys_platform == 'linux'"],
+        # What report_to can name.
         "tensorboard": ["tensorboard>=2.17"],
+        "trackio": ["trackio>=0.7"],
+        "wandb": ["wandb>=0.20"],
         # DeepSeek's own package, for people who run their code on our exports. The PyPI project "janus" is a queue.
         "janus": ["janus @ git+https://github.com/deepseek-ai/Janus.git"],
     },

@@ -22,7 +22,7 @@ from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.data.sources import EditExample, write_folder
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "edit")
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.stem in cli.JOBS)
 PARSED = [name for name in cli.JOBS if name != "evaluate"]  # evaluate takes a folder and no options
 
@@ -302,6 +302,11 @@ def test_recipes_are_read_by_every_job_that_documents_them(recipe, job, monkeypa
     assert job == "prepare" or set(jobs.TRAIN_OPTIONS) <= kinds.keys()
     values = {name: value for part in options for name, value in vars(part).items()}
     assert values["output_dir"] == str(tmp_path) and values["source"] in ("magicbrush", "shapes")
+
+
+def test_the_recipe_of_many_edits_is_read(monkeypatch):
+    arguments, _ = parser_of("edit", monkeypatch).parse([str(ROOT / "recipes" / "edit.yaml"), "--input", "photos"])
+    assert arguments.input == "photos" and arguments.on_bad_record == "skip"
 
 
 def test_there_are_recipes_and_a_script_for_every_job_but_the_demo():

@@ -182,7 +182,8 @@ def test_training_arguments_are_checked(recipe, capsys, text, message):
 def test_the_recipes_that_ship_are_valid(pytestconfig, monkeypatch):
     monkeypatch.chdir(pytestconfig.rootpath)
     kinds = [ModelArguments, LoraArguments, DataArguments, ClearArguments, ClearTrainingArguments]
-    for path in sorted((pytestconfig.rootpath / "recipes").glob("*.yaml")):
+    recipes = (pytestconfig.rootpath / "recipes").glob("*.yaml")
+    for path in sorted(path for path in recipes if path.stem != "edit"):  # a job of its own; see test_cli
         model, *_, training, overrides = parse(
             str(path), "--bf16", "false", "--use_cpu", "true", kinds=[*kinds, jobs.SettingOverrides]
         )

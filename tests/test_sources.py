@@ -203,18 +203,18 @@ def test_folder_round_trip(tmp_path):
         assert again.instruction == example.instruction
         assert np.array_equal(again.source, example.source) and np.array_equal(again.target, example.target)
     assert read_example(dataset[1]).mask is None and np.array_equal(read_example(dataset[0]).mask, mask)
-    with pytest.raises(FileExistsError, match="already holds samples"):
-        write_folder(examples, tmp_path / "out")
+    with pytest.raises(FileExistsError, match="sample_0000 is of another export"):
+        write_folder(reversed(examples), tmp_path / "out")
 
 
-def test_interrupted_export_leaves_whole_samples(tmp_path):
-    def examples():
-        yield EditExample(photo(1), photo(2), "a")
-        yield EditExample(photo(1), None, "b", mask="not a picture")
-
+def test_interrupted_export_leaves_whole_samples_and_goes_on(tmp_path):
+    good = EditExample(photo(1), photo(2), "a")
     with pytest.raises(AttributeError):
-        write_folder(examples(), tmp_path)
+        write_folder([good, EditExample(photo(1), None, "b", mask="not a picture")], tmp_path)
     assert len(folder(tmp_path)) == 1
+    first = (tmp_path / "sample_0000").stat().st_mtime_ns
+    assert write_folder([good, good], tmp_path) == len(folder(tmp_path)) == 2
+    assert (tmp_path / "sample_0000").stat().st_mtime_ns == first
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from thinkclearly.decoding.guidance import gate_log_odds
 from thinkclearly.models.backbone import codebook_hash, load_backbone
 from thinkclearly.models.clear_head import ClearConfig, ClearEditModel
 from thinkclearly.models.prompt import FULL, PART, UNCOND
-from thinkclearly.training.adapters import add_lora, load_base, load_clear_model
+from thinkclearly.training.adapters import add_lora, load_base, load_clear_model, train_fully
 from thinkclearly.training.callbacks import CollapseAlarm, EpochOfDropout, SampleEdits, TuneClearWeight
 from thinkclearly.training.trainer import ClearEditTrainer, GateMeter, weighted_loss
 
@@ -271,6 +271,30 @@ def test_activation_checkpointing_changes_nothing(golden, tmp_path):
     np.testing.assert_allclose(runs[1], runs[0], rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_compiled_training_is_plain_training(golden, tmp_path):
+    runs = []
+    # aot_eager: all of the compiler but the C++ that inductor would build for minutes.
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        trainer = make_trainer(fresh(golden), records(golden, 2), tmp_path, max_steps=2, **options)
+        trainer.train()
+        runs.append(history(trainer, "loss", "grad_norm"))
+    np.testing.assert_allclose(runs[1], runs[0], rtol=1e-4)
+    trainer.save_model()
+    assert torch.equal(load_clear_model(tmp_path)[0].clear_head.weight, trainer.model.clear_head.weight)
+
+
+def test_bf16_trains_close_to_float32(golden, tmp_path):
+    runs = []
+    for bf16 in (False, True):
+        trainer = make_trainer(fresh(golden), records(golden, 4), tmp_path, max_steps=2, bf16=bf16)
+        trainer.train()
+        runs.append(history(trainer, "loss", "grad_norm"))
+    np.testing.assert_allclose(runs[1], runs[0], rtol=0.05)
+    assert runs[0] != runs[1]
+    assert all(weight.dtype == torch.float32 for weight in trained(trainer.model).values())
+
+
 def test_the_head_has_its_own_learning_rate(golden, tmp_path):
     pair = fresh(golden)
     trainer = make_trainer(
@@ -320,10 +344,14 @@ def test_what_is_saved_comes_back(golden, tmp_path, options):
 
 def test_full_fine_tuning_comes_back(golden, tmp_path):
     backbone = load_backbone(golden / "checkpoint")
-    model = ClearEditModel(backbone.model, ClearConfig(CODES))
+    model = train_fully(backbone, ClearConfig(CODES))
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = make_trainer((model, backbone.processor), records(golden, 2), tmp_path, max_steps=1)
     trainer.train()
     trainer.save_model()
+    learnt = ("janus.model.language_model.", "janus.model.generation_head.", "clear_head.")
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == {name for name in start if name.startswith(learnt)}
     batch = batch_of((model, backbone.processor), records(golden, 2))
     before = model.eval().requires_grad_(False)(**batch)
     assert torch.equal(load_clear_model(tmp_path)[0](**batch), before)

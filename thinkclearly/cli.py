@@ -18,8 +18,10 @@ from thinkclearly.config import DTYPES, DataArguments, ModelArguments, RecipePar
 from thinkclearly.data.inspect import inspect_dataset
 from thinkclearly.data.jsonl import write_jsonl
 from thinkclearly.data.sources import read_example, write_folder
+from thinkclearly.editing.batch import edit_items, read_items
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.folder import evaluate_folder
+from thinkclearly.hub import publish
 from thinkclearly.models.backbone import load_backbone
 from thinkclearly.models.checkpoint import export_deepseek
 from thinkclearly.models.clear_head import CONFIG_FILE
@@ -44,14 +46,30 @@ class LoadArguments:
 
 @dataclass
 class EditArguments(LoadArguments):
-    """One picture, edited."""
+    """One picture, or many: every process of an `accelerate launch` takes its share of `input`."""
 
-    image: str = field(default="", metadata={"help": "Picture to edit, any size.", "required": True})
-    instruction: str = field(default="", metadata={"help": "What to change.", "required": True})
+    image: str | None = option(None, "Picture to edit, any size.")
+    input: str | None = option(
+        None, "Instead of image: a folder of pictures, a .jsonl file (image, instruction) or a data set."
+    )
+    instruction: str | None = option(None, "What to change; with input, where an item does not say it itself.")
     output_dir: str = option("outputs/edit", "Where the pictures and result.json go.")
     num_images: int = option(1, "Samples.")
     seed: int = option(0, "Keys all noise: the same seed gives the same picture.")
-    trace: bool = option(False, "Write token_trace.jsonl, one line a position.")
+    trace: bool = option(False, "Write token_trace.jsonl, one line a position; not with input.")
+    batch_size: int = option(8, "input: pictures that a process edits at once.")
+    split: str = option("train", "input: split of a data set on the Hub.")
+    on_bad_record: str = option("error", "input: error stops at a bad item, skip leaves it out and lists it.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("on_bad_record", self.on_bad_record, ("error", "skip"))
+        if (self.image is None) == (self.input is None):
+            raise ValueError("give either --image, one picture, or --input, a folder, .jsonl file or data set")
+        if self.image is not None and self.instruction is None:
+            raise ValueError("--image needs --instruction: what to change, e.g. 'Make the scarf blue.'")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}; expected 1 or more")
 
 
 @dataclass
@@ -88,6 +106,29 @@ class PrepareArguments:
 
 
 @dataclass
+class PushArguments:
+    """A repository on the Hub: a fine-tune, its merged weights, or tokenized data."""
+
+    model: str = option("outputs/clear", "Folder that train wrote, a checkpoint in it, or a folder of prepared data.")
+    repo_id: str = field(default="", metadata={"help": "Where to: owner/name, made if not there.", "required": True})
+    private: bool = option(False, "Make a new repository private; else it is what the account's default says.")
+    revision: str | None = option(None, "Branch to push to, made if not there; main if not given.")
+    create_pr: bool = option(False, "Open a pull request instead of committing.")
+    token: str | None = option(None, "Write token; better: `hf auth login` or HF_TOKEN, which no process list shows.")
+    base_model_id: str | None = option(None, "Hub id of the base model, where training used a local folder.")
+    license: str | None = option(None, "License of the card; what the base model's page says if not given.")
+    pt: bool = option(False, "Add original/, the same fine-tune with gen_head_clear.pt for the original's script.")
+    merged: str | None = option(None, "Whole weights instead of an adapter: native or deepseek layout.")
+    dtype: str = option("bfloat16", "merged: float32, bfloat16 or float16.")
+    max_shard_size: str = option("5GB", "merged: largest weight file.")
+
+    def __post_init__(self):
+        check_choice("dtype", self.dtype, DTYPES)
+        if self.merged is not None:
+            check_choice("merged", self.merged, ("native", "deepseek"))
+
+
+@dataclass
 class ConvertArguments:
     """Between DeepSeek's file layout and transformers' own."""
 
@@ -106,7 +147,7 @@ def prepare(argv: list[str] | None = None) -> None:
     options = [ModelArguments, DataArguments, PrepareArguments]
     parser = RecipeParser(options, skipped=jobs.TRAIN_OPTIONS, prog="thinkclearly prepare")
     model, data, output = parser.parse(argv)
-    if output.export_folder and data.source == "jsonl":
+    if output.export_folder and data.source in ("jsonl", "prepared"):
         raise ValueError(f"export_folder={output.export_folder!r} needs pictures, and {data.path} holds tokens only")
     backbone = jobs.build_backbone(model)
     prepared = jobs.build_data(data, backbone)
@@ -123,12 +164,19 @@ def prepare(argv: list[str] | None = None) -> None:
 
 def train(argv: list[str] | None = None) -> None:
     """Fine-tune with CLEAR: prepare, train (going on from the last checkpoint), evaluate, save."""
-    jobs.train(*RecipeParser(jobs.TRAIN_OPTIONS, prog="thinkclearly train").parse(argv))
+    options = RecipeParser(jobs.TRAIN_OPTIONS, prog="thinkclearly train").parse(argv)
+    model, lora, _, clear, training, _ = options
+    if training.dry_run:
+        sys.stdout.write(jobs.estimate_memory(model, lora, clear, training))
+    else:
+        jobs.train(*options)
 
 
 def edit(argv: list[str] | None = None) -> None:
-    """Edit a picture of any size by an instruction; CLEAR patches stay byte-identical."""
+    """Edit a picture, or folders and data sets of them, by instructions; CLEAR patches stay byte-identical."""
     arguments, overrides = RecipeParser([EditArguments, jobs.SettingOverrides], prog="thinkclearly edit").parse(argv)
+    if arguments.input is not None:
+        return _edit_many(arguments, jobs.given(overrides))
     editor = _load(arguments, load_clear_model)
     with _Bar("decode") as bar:
         results = editor.edit(
@@ -143,6 +191,27 @@ def edit(argv: list[str] | None = None) -> None:
         directory = Path(arguments.output_dir) / (f"{k:04d}" if arguments.num_images > 1 else "")
         result.save(directory, trace=arguments.trace)
         logger.info("%s: %.0f%% of the patches are the source, byte for byte", directory, 100 * result.clear_fraction)
+
+
+def _edit_many(arguments: EditArguments, settings: dict) -> None:
+    with PartialState().main_process_first():
+        items, skipped = read_items(arguments.input, arguments.instruction, arguments.split, arguments.on_bad_record)
+    names = ("model", "base", "dtype", "seed", "num_images")
+    report = edit_items(
+        _load(arguments, load_clear_model),
+        items,
+        arguments.output_dir,
+        run={name: getattr(arguments, name) for name in names} | settings,
+        skipped=skipped,
+        batch_size=arguments.batch_size,
+        num_images=arguments.num_images,
+        seed=arguments.seed,
+        on_bad_record=arguments.on_bad_record,
+        **settings,
+    )
+    if PartialState().is_main_process:
+        folder, left_out = arguments.output_dir, len(report.skipped)
+        logger.info("%s: %d items, %d edited now, %d left out", folder, report.items, report.edited, left_out)
 
 
 def generate(argv: list[str] | None = None) -> None:
@@ -198,6 +267,18 @@ def convert(argv: list[str] | None = None) -> None:
         backbone.processor.save_pretrained(directory)
 
 
+def push(argv: list[str] | None = None) -> None:
+    """Upload to the Hub: `thinkclearly push DIR --repo_id you/name`; given again it sends what is missing."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml")):
+        argv.insert(0, "--model")
+    (arguments,) = RecipeParser(PushArguments, prog="thinkclearly push").parse(argv)
+    options = vars(arguments)
+    options |= {"private": arguments.private or None, "dtype": getattr(torch, arguments.dtype)}
+    commit = publish.push(options.pop("model"), **options)
+    logger.info("%s", commit.pr_url or commit.commit_url)
+
+
 def demo(argv: list[str] | None = None) -> None:
     """Everything at once on the tiny model: data, fine-tune, edits, report."""
     from thinkclearly.demo import main
@@ -205,7 +286,7 @@ def demo(argv: list[str] | None = None) -> None:
     main(argv)
 
 
-JOBS = {job.__name__: job for job in (prepare, train, edit, generate, describe, evaluate, convert, demo)}
+JOBS = {job.__name__: job for job in (prepare, train, edit, generate, describe, evaluate, convert, push, demo)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -230,6 +311,8 @@ def start(job, argv: list[str] | None = None) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.set_verbosity_warning()
     try:
+        # Without a GPU the processes of a launch would not know of each other.
+        PartialState(cpu=not torch.accelerator.is_available())
         job(argv)
     except (OSError, ValueError, ImportError) as error:  # ImportError: an optional package, as bitsandbytes
         logger.debug("", exc_info=True)
@@ -238,7 +321,7 @@ def start(job, argv: list[str] | None = None) -> None:
 
 
 def _load(arguments: LoadArguments, load) -> Editor:
-    device = arguments.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = arguments.device or PartialState().device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -9,8 +9,10 @@ import difflib
 import math
 import sys
 from argparse import ArgumentTypeError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import date
+from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
@@ -21,11 +23,45 @@ from transformers import HfArgumentParser, TrainingArguments
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+# Of the machine or the moment, not of the model.
+_NOT_SHARED = (
+    *("output_dir", "prepared_dir", "photos_folder", "run_name", "resume_from_checkpoint"),
+    *("use_cpu", "do_eval", "disable_tqdm"),
+)
+
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises `ValueError` for a value that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}; choose from {', '.join(choices)}")
+
+
+def is_local(name: str) -> bool:
+    """Whether a model or data set is a file or folder of this machine, rather than a Hub id or built in."""
+    return name != "tiny" and (Path(name).is_absolute() or name.startswith((".", "~")) or Path(name).exists())
+
+
+def effective_recipe(*options) -> dict:
+    """The options of a run as a recipe that others can use: no paths of this machine, nothing of the Hub account.
+
+    All of our own options are in it, of transformers' only those that were changed.
+    """
+    recipe = {}
+    for part in options:
+        own = type(part).__annotations__
+        for f in fields(part):
+            value, name = getattr(part, f.name), f.name
+            value = value.value if isinstance(value, Enum) else value
+            if name in _NOT_SHARED or "hub" in name.split("_") or value in (None, [], {}):
+                continue
+            if name in ("base_model", "path") and is_local(value):
+                continue
+            if isinstance(value, str) and Path(value).is_absolute():
+                continue
+            changed = value != f.default and (value or f.default)
+            if isinstance(value, (bool, int, float, str, list)) and (name in own or changed):
+                recipe[name] = value
+    return recipe
 
 
 def option(default, text: str):
@@ -59,18 +95,25 @@ class ModelArguments:
 class LoraArguments:
     """The adapter."""
 
-    lora_r: int = option(8, "Rank of the LoRA matrices.")
+    lora_r: int = option(8, "Rank of the LoRA matrices; 0 trains the language model and the generation head whole.")
     lora_alpha: int = option(16, "LoRA scaling numerator.")
     lora_dropout: float = option(0.05, "Dropout before the LoRA matrices.")
     use_dora: bool = option(False, "Weight-decomposed LoRA (DoRA).")
     use_rslora: bool = option(False, "Scale by the square root of the rank (rsLoRA).")
+
+    def __post_init__(self):
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r={self.lora_r}; expected a rank of 1 or more, or 0 to train without LoRA")
 
 
 @dataclass
 class DataArguments:
     """Where the photo pairs come from and how they are labelled."""
 
-    source: str = option("shapes", "shapes (built in), magicbrush, folder (sample_XXXX), sharegpt4o (JSON) or jsonl.")
+    source: str = option(
+        "shapes",
+        "shapes (built in), magicbrush, folder (sample_XXXX), sharegpt4o (JSON), jsonl, or prepared (tokenized).",
+    )
     path: str | None = option(None, "Folder, file or Hub id of the data; not needed for shapes.")
     split: str = option("train", "Split of a Hub data set.")
     limit: int | None = option(None, "Use at most this many records.")
@@ -93,7 +136,7 @@ class DataArguments:
     split_seed: int = option(42, "Seed of shuffling, of the held-out split and of the built-in shapes.")
 
     def __post_init__(self):
-        check_choice("source", self.source, ("shapes", "magicbrush", "folder", "sharegpt4o", "jsonl"))
+        check_choice("source", self.source, ("shapes", "magicbrush", "folder", "sharegpt4o", "jsonl", "prepared"))
         check_choice("match", self.match, ("any", "all"))
         check_choice("clear_label", self.clear_label, ("tokens", "pixels", "mask"))
         check_choice("on_bad_record", self.on_bad_record, ("error", "skip"))
@@ -140,11 +183,19 @@ class ClearTrainingArguments(TrainingArguments):
     prediction_loss_only: bool = option(True, "Evaluation keeps no logits.")
     label_names: list[str] | None = option(["labels"], "Column of the labels.")
     report_to: list[str] | str | None = option("none", "tensorboard, trackio, wandb, or none.")
+    dry_run: bool = option(False, "Print the memory that the run will need, component by component, and stop.")
 
     def __post_init__(self):
         # A recipe written for a GPU runs where there is none, too.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        for tracker in set(self.report_to) & {"tensorboard", "trackio", "wandb"}:
+            if find_spec(tracker) is None:
+                raise ValueError(f"report_to={tracker}: not installed; pip install 'thinkclearly[{tracker}]'")
+
+    def __getstate__(self) -> dict:
+        # The Trainer saves its arguments beside every checkpoint, and uploads them.
+        return {**vars(self), "hub_token": None}
 
 
 class RecipeParser(HfArgumentParser):

@@ -103,7 +103,10 @@ def _decode(source, name: str) -> Image.Image:
         return _checked(source, name)
     if isinstance(source, (bytes, bytearray, memoryview)):
         source = io.BytesIO(source)
-    elif not isinstance(source, (str, os.PathLike)):
+    elif isinstance(source, (str, os.PathLike)):
+        if os.path.exists(source) and not os.path.isfile(source):
+            raise ImageError(f"{name}: cannot be read, it is no file but a folder, pipe or device. Check the path.")
+    else:
         raise ImageError(
             f"{name}: cannot read a picture from {type(source).__name__}; expected a path, bytes, a PIL picture, "
             "a uint8 array or a dict with 'path' or 'bytes'."

@@ -9,15 +9,16 @@ import json
 import logging
 import platform
 import re
+import signal
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import PartialState
 from datasets import Dataset
 from PIL import Image
 from transformers import BitsAndBytesConfig, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from thinkclearly.config import (
     ClearArguments,
@@ -25,20 +26,36 @@ from thinkclearly.config import (
     DataArguments,
     LoraArguments,
     ModelArguments,
+    effective_recipe,
+    is_local,
     option,
 )
 from thinkclearly.data import sources
 from thinkclearly.data.collator import EditCollator
 from thinkclearly.data.jsonl import read_jsonl
-from thinkclearly.data.prepare import prepare_dataset
+from thinkclearly.data.prepare import label_dataset, load_encoded, prepare_dataset
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.editing.editor import Editor, EditSettings
 from thinkclearly.evaluation.edits import Evaluation, evaluate_edits
 from thinkclearly.evaluation.pictures import sheet
-from thinkclearly.models.backbone import Backbone, codebook_hash, load_backbone
-from thinkclearly.models.clear_head import ClearConfig
-from thinkclearly.training.adapters import add_lora
-from thinkclearly.training.callbacks import CollapseAlarm, EpochOfDropout, SampleEdits, TuneClearWeight
+from thinkclearly.hub.card import RECIPE_FILE
+from thinkclearly.hub.publish import pull_dataset
+from thinkclearly.hub.trainer import PublishingTrainer
+from thinkclearly.instructions import InstructionVocabulary
+from thinkclearly.models.backbone import Backbone, base_hash, codebook_hash, load_backbone
+from thinkclearly.models.clear_head import ClearConfig, ClearEditModel
+from thinkclearly.models.empty import empty_janus
+from thinkclearly.training import memory
+from thinkclearly.training.adapters import add_lora, train_fully
+from thinkclearly.training.callbacks import (
+    CollapseAlarm,
+    EpochOfDropout,
+    SampleEdits,
+    SaveOnSigterm,
+    Speed,
+    TuneClearWeight,
+)
+from thinkclearly.training.checkpoints import is_whole, last_checkpoint
 from thinkclearly.training.trainer import ClearEditTrainer
 
 logger = logging.getLogger(__name__)
@@ -103,9 +120,14 @@ def read_rows(data: DataArguments) -> tuple[Dataset, Dataset | None]:
             rows = Dataset.from_list(list(rows), features=sources.FEATURES)
     else:
         rows = sources.folder(data.path) if data.source == "folder" else sources.sharegpt4o(data.path)
-        rows = rows.shuffle(seed=data.split_seed) if data.shuffle else rows
-        rows = rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
+        rows = limit_rows(rows, data)
     return split_rows(rows, data)
+
+
+def limit_rows(rows: Dataset, data: DataArguments) -> Dataset:
+    """The first `limit` records, shuffled before where that is asked for."""
+    rows = rows.shuffle(seed=data.split_seed) if data.shuffle else rows
+    return rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
 
 
 def split_rows(rows: Dataset, data: DataArguments) -> tuple[Dataset, Dataset | None]:
@@ -129,6 +151,12 @@ def build_data(data: DataArguments, backbone: Backbone) -> PreparedData:
         train, test = split_rows(rows, data)
         return PreparedData(train, test, None)
     state = PartialState()
+    if data.source == "prepared":
+        with state.main_process_first():
+            encoded = limit_rows(load_encoded(pull_dataset(data.path), backbone), data)
+            vocabulary = InstructionVocabulary(backbone.model.config.vq_config.num_embeddings)
+            rows = label_dataset(encoded, data.clear_label, data.pixel_tolerance, vocabulary)
+        return PreparedData(*split_rows(rows, data), None)
     with state.main_process_first():
         train_rows, test_rows = read_rows(data)
     options = {
@@ -165,6 +193,25 @@ def build_backbone(model: ModelArguments) -> Backbone:
     )
 
 
+def build_model(model: ModelArguments, lora: LoraArguments, backbone: Backbone, config: ClearConfig) -> ClearEditModel:
+    """The backbone with what the options let learn: LoRA, or with rank 0 the weights themselves."""
+    if lora.lora_r == 0:
+        if model.load_in_4bit:
+            raise ValueError("lora_r=0 with load_in_4bit: weights in 4 bits cannot learn; give one of them up")
+        return train_fully(backbone, config)
+    return add_lora(
+        backbone,
+        model.base_model,
+        config,
+        revision=model.model_revision,
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+    )
+
+
 def train(
     model_args: ModelArguments,
     lora: LoraArguments,
@@ -174,6 +221,11 @@ def train(
     overrides,
 ) -> ClearEditTrainer:
     """Prepares what is not prepared, trains (going on from the last checkpoint), evaluates and saves."""
+    if training.push_to_hub and lora.lora_r and is_local(model_args.base_model):
+        raise ValueError(
+            f"push_to_hub: nobody else can load the adapter's base {model_args.base_model}. Give a Hub id as "
+            "base_model, or leave push_to_hub out and then use `thinkclearly push DIR --base_model_id owner/name`."
+        )
     set_seed(training.seed)
     backbone = build_backbone(model_args)
     data = build_data(data_args, backbone)
@@ -181,25 +233,17 @@ def train(
         codebook_size=backbone.model.config.vq_config.num_embeddings,
         clear_weight=clear.clear_weight,
         codebook_hash=codebook_hash(backbone.model),
+        base_hash=base_hash(backbone.model),
         edit=given(overrides),
     )
-    model = add_lora(
-        backbone,
-        model_args.base_model,
-        config,
-        revision=model_args.model_revision,
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        use_dora=lora.use_dora,
-        use_rslora=lora.use_rslora,
-    )
+    model = build_model(model_args, lora, backbone, config)
     collator = EditCollator(
         backbone.processor, model.vocabulary, clear.drop_all, clear.drop_source, seed=training.seed
     )
     if data.test is None:
         training.eval_strategy = "no"
-    trainer = ClearEditTrainer(
+    sigterm, speed = SaveOnSigterm(), Speed()
+    trainer = PublishingTrainer(
         model=model,
         processor=backbone.processor,
         clear_weight=clear.clear_weight,
@@ -208,24 +252,65 @@ def train(
         args=training,
         train_dataset=data.train,
         eval_dataset=data.test,
-        callbacks=[EpochOfDropout(collator), CollapseAlarm()],
+        callbacks=[EpochOfDropout(collator), CollapseAlarm(), sigterm, speed],
     )
     if clear.tune_clear_weight:
         trainer.add_callback(TuneClearWeight(trainer))
-    if clear.sample_edits and data.test_rows is not None:
+    # Editing reaches into the model outside its forward pass, where FSDP has the weights in slices.
+    if clear.sample_edits and data.test_rows is not None and not trainer.is_fsdp_enabled:
         rows = data.test_rows.select(range(min(clear.sample_edits, len(data.test_rows))))
         trainer.add_callback(SampleEdits(lambda: draw_samples(model, backbone.processor, rows)))
-    last = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+    last = training.resume_from_checkpoint or last_checkpoint(training.output_dir)
     if last is not None:
+        if not is_whole(last):
+            raise ValueError(
+                f"{last} is no checkpoint or was not written to its end; without resume_from_checkpoint the run goes "
+                "on from the last whole one."
+            )
         logger.info("Going on from %s", last)
-    result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last)
-    trainer.save_model()
+    if trainer.is_world_process_zero():
+        recipe = effective_recipe(model_args, lora, data_args, clear, training, overrides)
+        write_text(Path(training.output_dir) / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
+    result = trainer.train(resume_from_checkpoint=last and str(last))
+    if sigterm.stopped:
+        logger.warning("SIGTERM: step %d is done and saved; the same command goes on", trainer.state.global_step)
+        raise SystemExit(128 + signal.SIGTERM)
+    trainer.save_model(_internal_call=True)  # what is pushed is the end, with its metrics
     trainer.save_state()
-    metrics = dict(result.metrics)
+    metrics = result.metrics | speed.metrics(training)
     if data.test is not None:
         metrics.update(trainer.evaluate())
+    trainer.log_metrics("all", metrics)
     trainer.save_metrics("all", metrics)
+    if training.push_to_hub:
+        trainer.push_to_hub()
     return trainer
+
+
+def estimate_memory(
+    model_args: ModelArguments, lora: LoraArguments, clear: ClearArguments, training: ClearTrainingArguments
+) -> str:
+    """A table of the memory that `train` will need on one device, without loading any weights."""
+    janus = empty_janus(model_args.base_model, model_args.model_revision)
+    dtype = getattr(torch, model_args.dtype)
+    for part in (janus.model.language_model, janus.model.generation_head):  # what learns, and what its gradients cross
+        part.to(dtype)
+    config = ClearConfig(janus.config.vq_config.num_embeddings, clear_weight=clear.clear_weight)
+    with torch.device("meta"):
+        model = build_model(model_args, lora, Backbone(janus, None), config)
+    autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    size = training.per_device_train_batch_size
+    held = memory.weights(model, dtype, model_args.load_in_4bit)
+    held += memory.learning(model, dtype, 1 if "8bit" in training.optim else None)
+    used = memory.activations(model, size, autocast, training.activation_checkpointing)
+    vq = sum(part.bytes for part in held if part.name == "vqmodel")
+    sliced = (sum(part.bytes for part in held) - vq) / 8 + vq + sum(part.bytes for part in used)
+    return (
+        f"{model_args.base_model}: estimate for one device, {size} record(s) at a time, activation checkpointing "
+        f"{'on' if training.activation_checkpointing else 'off'}\n\n{memory.table(held + used)}\n"
+        f"With weights, gradients and states in slices over 8 devices (FSDP2, ZeRO 3): {sliced / memory.GIB:.2f} GiB "
+        "each.\nNot counted: the CUDA context, buffers of communication, fragmentation, and evaluation.\n"
+    )
 
 
 def draw_samples(model, processor, rows: Dataset) -> Image.Image:
@@ -279,6 +364,12 @@ def machine() -> str:
 
 
 def write_json(path: Path, content) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is never seen half done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -68,8 +68,8 @@ class Stage:
 
 STAGES = {
     "lm": Stage(seed=4, steps=1750, batch=24, lr=2e-3, warmup=100, vision=0.2),
-    "shapes": Stage(seed=6, steps=4000, batch=24, lr=2e-3, warmup=30),
-    "anneal": Stage(seed=9, steps=1500, batch=24, lr=2e-3, warmup=10, decay=True, probes=0.2),
+    "shapes": Stage(seed=6, steps=2000, batch=24, lr=2e-3, warmup=30),
+    "anneal": Stage(seed=9, steps=1200, batch=24, lr=2e-3, warmup=10, decay=True, probes=0.2),
 }
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import PIL
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -217,7 +218,7 @@ def folder(path: str | os.PathLike) -> datasets.Dataset:
         row = {"key": sample.name, "instruction": _text(metadata.get("instruction"), sample.name, "instruction")}
         for side in ("source", "target", "mask"):
             given = metadata.get(side, f"{side}.png")
-            picture = _inside(sample, given, f"{sample / 'metadata.json'}: {side}")
+            picture = inside(sample, given, f"{sample / 'metadata.json'}: {side}")
             absent = side == "mask" and side not in metadata and not picture.exists()
             row[side] = None if absent else {"path": str(picture), "bytes": None}
         rows.append(row)
@@ -227,18 +228,22 @@ def folder(path: str | os.PathLike) -> datasets.Dataset:
 def write_folder(examples: Iterable[EditExample], path: str | os.PathLike) -> int:
     """Write examples in the layout that `folder` reads; returns how many.
 
-    A sample appears under its name only when it is complete, so an interrupted export leaves whole samples.
+    A sample appears under its name only when it is complete; those of the same export are found again, so that one
+    which was interrupted goes on.
 
     Raises:
-        FileExistsError: `path` already holds samples; mixing two exports is never what was meant.
+        FileExistsError: `path` holds samples of another export.
     """
     root = Path(path)
-    if any(root.glob("sample_*")):
-        raise FileExistsError(f"{root}: already holds samples; choose another folder or remove them first.")
     root.mkdir(parents=True, exist_ok=True)
     count = 0
     for example in tqdm(examples, desc="Writing samples", unit="sample", disable=None):
-        name = f"sample_{count:04d}"
+        name, metadata = f"sample_{count:04d}", {"instruction": example.instruction, "key": example.key}
+        count += 1
+        if (root / name).is_dir():
+            if _read_json(root / name / "metadata.json", dict) != metadata:
+                raise FileExistsError(f"{root / name} is of another export; choose another folder or remove it first.")
+            continue
         temporary = root / f".{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -246,10 +251,8 @@ def write_folder(examples: Iterable[EditExample], path: str | os.PathLike) -> in
             picture = getattr(example, side)
             if picture is not None:
                 picture.save(temporary / f"{side}.png")
-        metadata = {"instruction": example.instruction, "key": example.key}
         (temporary / "metadata.json").write_text(json.dumps(metadata, ensure_ascii=False, indent=1), encoding="utf-8")
         temporary.rename(root / name)
-        count += 1
     return count
 
 
@@ -277,8 +280,8 @@ def sharegpt4o(path: str | os.PathLike, limit: int | None = None) -> datasets.Da
         without += not inputs
         several += len(inputs) > 1
         if len(inputs) == 1:
-            source = _inside(path.parent, inputs[0], f"{key}: input_image")
-            target = _inside(path.parent, record.get("output_image"), f"{key}: output_image")
+            source = inside(path.parent, inputs[0], f"{key}: input_image")
+            target = inside(path.parent, record.get("output_image"), f"{key}: output_image")
             rows.append(
                 {
                     "key": key,
@@ -326,13 +329,16 @@ def _text(value, key: str, field: str) -> str:
     return (value or "").encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be stored
 
 
-def _inside(root: Path, relative, where: str) -> Path:
-    """`root / relative`, refusing names that lead elsewhere. Links are the owner's own doing and are followed."""
-    if not isinstance(relative, str) or not relative:
+def inside(root: Path, relative, where: str) -> Path:
+    """`root / relative`, refusing names and links that lead elsewhere. Inside the Hub's cache links are the rule."""
+    if not isinstance(relative, str) or not relative or "\0" in relative:
         raise BadRecord(f"{where} is {relative!r}, expected a relative path.")
     parts = relative.replace("\\", "/").split("/")
     if os.path.isabs(relative) or Path(relative).drive or ".." in parts:
         raise BadRecord(f"{where} is {relative!r}, which leads outside {root}; expected a path inside it.")
+    found, home, cache = (Path(os.path.realpath(path)) for path in (root / relative, root, HF_HUB_CACHE))
+    if not found.is_relative_to(cache if home.is_relative_to(cache) else home):
+        raise BadRecord(f"{where} is {relative!r}, a link that leads outside {root}, to {found}; put the file there.")
     return root / relative
 
 

@@ -33,10 +33,21 @@ def load_backbone(name_or_path: str, *, revision: str | None = None, token: str 
     Args:
         name_or_path: folder or Hub id; "tiny" is the model that ships with this package.
         kwargs: `dtype`, `device`, `attn_implementation`, `device_map`, `quantization_config`; see `load_janus`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_janus`, or the processor is for pictures of another size.
     """
     path = str(TINY) if name_or_path == "tiny" else str(name_or_path)
     processor = ClearEditProcessor.from_pretrained(path, revision=revision, token=token)
     model = load_janus(path, revision=revision, token=token, **kwargs)
+    vision = model.config.vision_config
+    expected = vision.image_size, (vision.image_size // vision.patch_size) ** 2
+    found = processor.image_size, processor.num_image_tokens
+    if found != expected:
+        raise ValueError(
+            f"{path}: preprocessor_config.json and processor_config.json say {found[0]} pixels and {found[1]} tokens "
+            f"a picture, the model has {expected[0]} and {expected[1]}. Get the files that belong together."
+        )
     return Backbone(model.eval(), processor)
 
 
@@ -107,6 +118,25 @@ def codebook_hash(janus: JanusForConditionalGeneration) -> str:
     digest = hashlib.sha256()
     for tensor in (F.normalize(vq.quantize.embedding.weight.detach().float(), dim=-1), vq.quant_conv.weight.detach()):
         digest.update(tensor.to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def base_hash(janus: JanusForConditionalGeneration) -> str:
+    """Names the base model: SHA-256 of its generation head, language norms and every 64th word, rounded to bfloat16.
+
+    Fine-tunes of one model share codebook and shapes but not these. The same for float32 and bfloat16, and for a
+    language model in 4 or 8 bits; "" in float16, whose rounding is another, and where the head itself is quantised.
+    """
+    core = janus.model
+    heads = [core.generation_head.proj_out, core.generation_head.vision_head]
+    tensors = [getattr(module, "base_layer", module).weight for module in heads]  # without LoRA
+    tensors += [core.language_model.embed_tokens.weight[::64], core.language_model.norm.weight]
+    tensors += [layer.input_layernorm.weight for layer in core.language_model.layers]
+    if any(tensor.dtype not in (torch.float32, torch.bfloat16) for tensor in tensors):
+        return ""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration
 
 from thinkclearly.models import deepseek
+from thinkclearly.models.config_files import check_claims, check_sizes, config_errors, read_json
 from thinkclearly.models.weight_files import find_weights, open_weights
 
 logger = logging.getLogger(__name__)
@@ -69,38 +70,37 @@ def load_janus(
     folder = _folder(name_or_path, ("*.json", *_TOKENIZER_FILES), revision, token)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; expected a Janus checkpoint, native or DeepSeek's.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     model_type = config.get("model_type")
+    if model_type not in ("janus", "multi_modality"):
+        raise ValueError(
+            f"{folder / 'config.json'} has model_type {model_type!r}; expected 'janus' (native) or 'multi_modality' "
+            "(DeepSeek's Janus, Janus-Pro, Janus-4o)."
+        )
+    if model_type == "multi_modality" and (quantization_config is not None or device_map is not None):
+        raise ValueError(
+            f"{name_or_path} is in DeepSeek's layout, which is converted tensor by tensor: quantization_config "
+            "and device_map need a native checkpoint. Convert it with `thinkclearly convert` and load the result."
+        )
+    check_sizes(config, folder / "config.json")
+    if not Path(name_or_path).is_dir():
+        folder = _folder(name_or_path, ("*.safetensors",), revision, token)
+        if not any(folder.glob("*.safetensors")):
+            folder = _folder(name_or_path, ("*.bin",), revision, token)
     if model_type == "janus":
-        source = folder if Path(name_or_path).is_dir() else name_or_path
+        check_claims(folder, config)
         model = _load_native(
-            source,
+            folder,
             dtype=dtype,
-            revision=revision,
-            token=token,
             attn_implementation=attn_implementation,
             quantization_config=quantization_config,
             device_map=device_map,
         )
         if device is not None:
             model = model.to(device)
-    elif model_type == "multi_modality":
-        if quantization_config is not None or device_map is not None:
-            raise ValueError(
-                f"{name_or_path} is in DeepSeek's layout, which is converted tensor by tensor: quantization_config "
-                "and device_map need a native checkpoint. Convert it with `thinkclearly convert` and load the result."
-            )
-        if not Path(name_or_path).is_dir():
-            folder = _folder(name_or_path, ("*.safetensors",), revision, token)
-            if not any(folder.glob("*.safetensors")):
-                folder = _folder(name_or_path, ("*.bin",), revision, token)
-        model = _load_deepseek(folder, config, dtype, device or "cpu", attn_implementation)
-        model.config._name_or_path = model.name_or_path = str(name_or_path)
     else:
-        raise ValueError(
-            f"{folder / 'config.json'} has model_type {model_type!r}; expected 'janus' (native) or 'multi_modality' "
-            "(DeepSeek's Janus, Janus-Pro, Janus-4o)."
-        )
+        model = _load_deepseek(folder, config, dtype, device or "cpu", attn_implementation)
+    model.config._name_or_path = model.name_or_path = str(name_or_path)
     _set_special_ids(model, folder)
     return model
 
@@ -235,7 +235,7 @@ def _folder(name_or_path, patterns, revision=None, token=None) -> Path:
 
 
 def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 # ---- native ------------------------------------------------------------------------------------------------------
@@ -254,7 +254,9 @@ def _load_native(source, **kwargs) -> JanusForConditionalGeneration:
             *("vision_model", "aligner", "vqmodel", "generation_embeddings", "generation_aligner", "generation_head"),
             "lm_head",
         ]
-    model, info = _Float32Tokenizer.from_pretrained(source, output_loading_info=True, **kwargs)
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the loading info tells, and with names
+    with config_errors(source):
+        model, info = _Float32Tokenizer.from_pretrained(source, **options, **kwargs)
     model.__class__ = JanusForConditionalGeneration
     problems = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
     _raise_problems(str(source), {name: keys for name, keys in problems.items() if keys})
@@ -296,8 +298,9 @@ def _load_deepseek(folder, config, dtype, device, attn_implementation) -> JanusF
 
 def _convert(config, shapes, tensors, source, dtype, device, attn_implementation) -> JanusForConditionalGeneration:
     """`shapes` maps each DeepSeek key to (shape, file name); `tensors` yields each key and its tensor once."""
-    native = deepseek.native_config(config, {key: shape for key, (shape, _) in shapes.items()}, source)
-    model = _empty_model(native, dtype, attn_implementation)
+    with config_errors(source):
+        native = deepseek.native_config(config, {key: shape for key, (shape, _) in shapes.items()}, source)
+        model = _empty_model(native, dtype, attn_implementation)
     _check_keys(model, shapes, source)
     for key, tensor in tensors:
         for name, part in deepseek.to_native(key, tensor).items():

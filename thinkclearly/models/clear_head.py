@@ -14,13 +14,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import JanusForConditionalGeneration
 
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.backbone import decode_tokens, embed_prompt, image_features, teacher_forced_hidden
+from thinkclearly.models.config_files import read_json
 from thinkclearly.models.prompt import PromptBatch
+from thinkclearly.models.weight_files import read_tensors
 
 HEAD_FILE, CONFIG_FILE = "gen_head_clear.safetensors", "clear_config.json"
 
@@ -34,6 +36,7 @@ class ClearConfig:
         instructions (`list[str]`): names of the instruction tokens, in the order of their ids.
         clear_weight (`float`): class weight of the last training step; inference subtracts its logarithm.
         codebook_hash (`str`): names the codebook that the training tokens came from.
+        base_hash (`str`): names the base model that an adapter was trained on; "" where that is not known.
         edit (`dict`): decoding settings that this checkpoint was validated with; the editor's defaults.
     """
 
@@ -41,6 +44,7 @@ class ClearConfig:
     instructions: list[str] = field(default_factory=lambda: ["CLEAR"])
     clear_weight: float = 1.0
     codebook_hash: str = ""
+    base_hash: str = ""
     edit: dict = field(default_factory=dict)
 
 
@@ -147,7 +151,7 @@ class ClearEditModel(nn.Module):
             raise FileNotFoundError(
                 f"{directory} has no {HEAD_FILE}: without the trained CLEAR head there is no gate."
             )
-        tensors = load_file(path)
+        tensors = read_tensors(path)
         if set(tensors) != {"weight", "bias"}:
             raise ValueError(f"{path} has tensors {sorted(tensors)}; expected 'weight' and 'bias' of the CLEAR head.")
         self.set_head(**tensors, where=path)
@@ -171,10 +175,16 @@ def _below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
 def read_clear_config(directory: str | Path) -> ClearConfig:
     """`clear_config.json` of a fine-tune; unknown or missing keys are an error that names them."""
     path = Path(directory) / CONFIG_FILE
-    content = json.loads(path.read_text())
+    content = read_json(path)
     unknown = set(content) - set(ClearConfig.__dataclass_fields__)
     if unknown or "codebook_size" not in content:
         raise ValueError(
             f"{path}: unknown keys {sorted(unknown)} or no codebook_size; written by a newer thinkclearly? Upgrade."
         )
+    kinds = {"codebook_size": "int", "instructions": "list", "clear_weight": "float int", "edit": "dict"}
+    for name, value in content.items():
+        if type(value).__name__ not in kinds.get(name, "str").split():
+            raise ValueError(f"{path}: {name} is {value!r:.60}; expected {kinds.get(name, 'str')}. Get it again.")
+    if not 0 < content.get("clear_weight", 1) < math.inf:
+        raise ValueError(f"{path}: clear_weight is {content['clear_weight']}; expected a positive number.")
     return ClearConfig(**content)

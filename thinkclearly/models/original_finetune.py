@@ -8,23 +8,28 @@ has the head's LoRA twice as well, as `gen_head.*` and as `gen_head_clear.base_h
 
 import json
 import logging
+import math
 import os
 import re
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 from transformers import JanusForConditionalGeneration
 
-from thinkclearly.models.deepseek import to_native
-from thinkclearly.models.weight_files import open_weights
+from thinkclearly.models.clear_head import ClearEditModel
+from thinkclearly.models.config_files import read_json
+from thinkclearly.models.deepseek import deepseek_key, to_native
+from thinkclearly.models.weight_files import open_weights, read_tensors
 
 logger = logging.getLogger(__name__)
 
 HEAD_FILE = "gen_head_clear.pt"
 _LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 _HEAD_LINEARS = ("output_mlp_projector", "vision_head")
+_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", *_HEAD_LINEARS)
 
 
 def is_original_finetune(directory: str | os.PathLike) -> bool:
@@ -144,13 +149,48 @@ def check_original_base(directory: str | os.PathLike, model: JanusForConditional
             )
 
 
+def write_original_finetune(model: ClearEditModel, directory: str | os.PathLike) -> None:
+    """Writes a fine-tune as the original script does, for that script; [`read_original_finetune`] reads it back.
+
+    The correction for the class weight, of which that format knows nothing, goes into the CLEAR linear's bias.
+
+    Raises:
+        ValueError: another adapter than plain LoRA, or more than one instruction token.
+    """
+    if not isinstance(model.janus, PeftModel):
+        raise ValueError("The original format is an adapter's; this model was fine-tuned whole.")
+    janus, clear_head, directory = model.janus, model.clear_head, Path(directory)
+    config = janus.peft_config["default"]
+    settings = {**config.to_dict(), "inference_mode": True, "task_type": "FEATURE_EXTRACTION"}
+    settings |= {"peft_type": config.peft_type.value, "target_modules": sorted(_TARGETS), "auto_mapping": None}
+    _check_settings(settings, directory)
+    if clear_head.out_features != 1:
+        raise ValueError(f"The model has {clear_head.out_features} instruction tokens; the original format holds one.")
+    head = {f"clear_linear.{name}": tensor.float() for name, tensor in clear_head.state_dict().items()}
+    head["clear_linear.bias"] = head["clear_linear.bias"] - math.log(model.clear_config.clear_weight)
+    for key, tensor in janus.get_base_model().model.generation_head.state_dict().items():
+        head[deepseek_key(f"model.generation_head.{key}").replace("gen_head.", "base_head.")] = tensor
+    adapter = {}
+    for key, tensor in get_peft_model_state_dict(janus, save_embedding_layers=False).items():
+        name = deepseek_key(key.removeprefix("base_model.model."))
+        copies = [name, f"gen_head_clear.base_head.{name.removeprefix('gen_head.')}"]
+        for copy in copies if name.startswith("gen_head.") else copies[:1]:
+            adapter[f"base_model.model.{copy}"] = tensor.detach().cpu().contiguous().clone()
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(adapter, directory / "adapter_model.safetensors", {"format": "pt"})
+    torch.save({key: tensor.detach().cpu().clone() for key, tensor in head.items()}, directory / HEAD_FILE)
+    settings = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+    (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+    (directory / "clear_meta.json").write_text(json.dumps({"has_clear_head": True}), encoding="utf-8")
+
+
 def _read_adapter_config(directory: Path) -> dict:
     path = directory / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{directory} has no adapter_config.json; expected a fine-tune folder of ThinkClearly."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def _check_settings(settings: dict, directory: Path):
@@ -165,6 +205,9 @@ def _check_settings(settings: dict, directory: Path):
             f"{unsupported or settings.get('bias')}; the original script writes a plain LORA with bias 'none'. Load "
             "this adapter with PEFT itself."
         )
+    for name in ("r", "lora_alpha"):
+        if type(settings.get(name)) not in (int, float):
+            raise ValueError(f"{directory}/adapter_config.json has {name}={settings.get(name)!r}; expected a number.")
 
 
 def _base_names(name: str) -> tuple[str, str]:
@@ -178,7 +221,7 @@ def _read_head(directory: Path) -> dict[str, torch.Tensor]:
             f"{directory} has no {HEAD_FILE}, which holds the trained CLEAR linear: without it CLEAR would be decided "
             "by random weights. Copy it from the training output."
         )
-    head = torch.load(path, map_location="cpu", weights_only=True)
+    head = read_tensors(path)
     if missing := {"clear_linear.weight", "clear_linear.bias"} - set(head):
         raise ValueError(
             f"{path} has {len(head)} tensors but not {', '.join(sorted(missing))}; it holds no CLEAR linear."

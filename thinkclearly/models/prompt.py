@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from thinkclearly.images import to_pixel_values
+from thinkclearly.models.config_files import read_json
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 PAD, IMAGE = "<｜▁pad▁｜>", "<image_placeholder>"
@@ -95,7 +96,7 @@ class ClearEditProcessor:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
         pictures = _read_json(name_or_path, "preprocessor_config.json", hub)
         prompts = _read_json(name_or_path, "processor_config.json", hub)
-        size = pictures["image_size"] if "image_size" in pictures else pictures["size"]["height"]
+        size = pictures.get("image_size") or (pictures.get("size") or {}).get("height")
         tokens = prompts.get("num_image_tokens", 576)
         norm = {name: pictures[name] for name in ("image_mean", "image_std") if name in pictures}
         return cls(tokenizer, size, tokens, **norm)
@@ -192,4 +193,4 @@ def _read_json(name_or_path: str, name: str, hub: dict) -> dict:
             f"{name_or_path} has no {name}. Janus-Pro checkpoints and their derivatives carry one; copy it from the "
             "base model (fine-tunes sometimes leave it out)."
         ) from error
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return read_json(path)

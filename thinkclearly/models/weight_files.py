@@ -1,12 +1,12 @@
 """Weight files of a folder: which they are, and how to read them one tensor at a time."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 
 def find_weights(folder: Path) -> list[Path]:
@@ -41,13 +41,41 @@ def open_weights(file: Path) -> Iterator[tuple[list[str], Callable, Callable]]:
 
     Tensors may be views of the mapped file, valid inside the `with` only: copy what is kept. Pickles are read with
     `weights_only=True`.
+
+    Raises:
+        ValueError: the file is cut short or damaged, or is a pickle of anything but tensors by name.
     """
     if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as handle:
+        try:
+            opened = safe_open(file, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is cut short or damaged ({error}). Get it again.") from error
+        with opened as handle:
             yield list(handle.keys()), lambda name: tuple(handle.get_slice(name).get_shape()), handle.get_tensor
         return
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # the format from before PyTorch 1.6 cannot be mapped
-        state = torch.load(file, map_location="cpu", weights_only=True)
+    state = _read_pickle(file)
     yield list(state), lambda name: tuple(state[name].shape), state.__getitem__
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file by name, on the CPU; errors as in [`open_weights`]."""
+    with open_weights(file) as (names, _, read):
+        return {name: read(name).clone() for name in names}
+
+
+def _read_pickle(file: Path) -> Mapping[str, torch.Tensor]:
+    try:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format from before PyTorch 1.6 cannot be mapped
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # unpickling raises UnpicklingError, EOFError, KeyError, RuntimeError and more
+        raise ValueError(
+            f"{file} is damaged or holds more than tensors ({type(error).__name__}). Pickles can run code, so only "
+            "plain tensors are read from them: get it again, or as safetensors."
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{file} holds {type(state).__name__} of other things than tensors; expected a state dict.")
+    return state

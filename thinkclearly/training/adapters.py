@@ -9,13 +9,14 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import load_peft_weights
 
-from thinkclearly.models.backbone import Backbone, codebook_hash, load_backbone
+from thinkclearly.models.backbone import Backbone, base_hash, codebook_hash, load_backbone
 from thinkclearly.models.checkpoint import load_janus
 from thinkclearly.models.clear_head import CONFIG_FILE, ClearConfig, ClearEditModel, read_clear_config
+from thinkclearly.models.config_files import read_json
 from thinkclearly.models.original_finetune import check_original_base, is_original_finetune, read_original_finetune
 from thinkclearly.models.prompt import ClearEditProcessor
+from thinkclearly.models.weight_files import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +39,19 @@ def add_lora(backbone: Backbone, base_name: str, config: ClearConfig, **lora) ->
     return ClearEditModel(janus, config)
 
 
+def train_fully(backbone: Backbone, config: ClearConfig) -> ClearEditModel:
+    """A `ClearEditModel` without adapter: language model, generation head and CLEAR head learn, the rest is frozen."""
+    janus = backbone.model.requires_grad_(False)
+    for part in (janus.model.language_model, janus.model.generation_head):
+        part.requires_grad_(True)
+    return ClearEditModel(janus, config)
+
+
 def load_finetune(model: ClearEditModel, directory: str | Path) -> None:
     """Puts the adapter and CLEAR head of `directory` into a model of the same shape (resuming)."""
     directory = Path(directory)
     if isinstance(model.janus, PeftModel):
-        _load_lora(model.janus, load_peft_weights(str(directory), device="cpu"), directory)
+        _load_lora(model.janus, _read_adapter(directory), directory)
     else:
         model.janus.load_state_dict(load_janus(str(directory)).state_dict())
     model.load_head(directory)
@@ -102,12 +111,20 @@ def load_clear_model(
         backbone = load_backbone(str(directory), **kwargs)
         model = ClearEditModel(backbone.model, config)
     else:
-        lora = PeftConfig.from_pretrained(str(directory))
+        state = _read_adapter(directory)
+        lora = _read_lora_config(directory, state)
         backbone = _load_base_of(lora, base, directory, token=token, **kwargs)
         janus = PeftModel(backbone.model, lora)
         # Not PeftModel.from_pretrained: it leaves layers that the file does not have at random, without a word.
-        _load_lora(janus, load_peft_weights(str(directory), device="cpu"), directory)
+        _load_lora(janus, state, directory)
         model = ClearEditModel(janus, config)
+        found = base_hash(model.base)
+        if config.base_hash and found and found != config.base_hash:
+            raise ValueError(
+                f"{name_or_path} was trained on base weights {config.base_hash}, "
+                f"{base or lora.base_model_name_or_path} has {found}: of the same shape, but another base. "
+                "Pass the right one as base=."
+            )
     model.load_head(directory)
     found = codebook_hash(model.base)
     if config.codebook_hash and found != config.codebook_hash:
@@ -137,6 +154,31 @@ def _load_base_of(lora: PeftConfig, base: str | Path | None, directory: Path, **
     if not lora.base_model_name_or_path:
         raise ValueError(f"{directory}/adapter_config.json names no base model; pass it as base=.")
     return load_backbone(lora.base_model_name_or_path, revision=lora.revision, **kwargs)
+
+
+def _read_adapter(directory: Path) -> dict[str, torch.Tensor]:
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (directory / name).is_file():
+            return read_tensors(directory / name)
+    raise FileNotFoundError(f"{directory} has no adapter_model.safetensors; the adapter is missing. Copy it there.")
+
+
+def _read_lora_config(directory: Path, state: dict[str, torch.Tensor]) -> LoraConfig:
+    """The adapter's configuration, unless it would import modules, copy layers or take more room than the file."""
+    path = directory / "adapter_config.json"
+    read_json(path)  # names the file where it is damaged
+    try:
+        lora = PeftConfig.from_pretrained(str(directory))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not an adapter configuration ({error}). Get it again.") from error
+    risky = [name for name in ("layer_replication", "megatron_config") if getattr(lora, name, None)]
+    if not isinstance(lora, LoraConfig) or risky:
+        raise ValueError(f"{path} is {lora.peft_type} with {risky or 'other settings'}; expected plain LoRA or DoRA.")
+    largest = max((tensor.shape[0] for name, tensor in state.items() if "lora_A" in name), default=0)
+    ranks = [lora.r, *lora.rank_pattern.values()]
+    if not all(type(rank) is int and 0 < rank <= largest for rank in ranks):
+        raise ValueError(f"{path} has ranks {ranks}; the matrices beside it have {largest} at most. Get both again.")
+    return lora
 
 
 def _load_lora(janus: PeftModel, state: dict[str, torch.Tensor], directory: Path) -> None:

@@ -1,12 +1,18 @@
-"""What watches a run from the side: weight auto-tuning, collapse alarm, sample edits, and the epoch of the dropout."""
+"""What watches a run from the side: weight tuning, collapse alarm, speed, samples, SIGTERM, the dropout's epoch."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
+import statistics
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from accelerate.utils import reduce
 from PIL import Image
 from transformers import TrainerCallback
 
@@ -61,6 +67,66 @@ class CollapseAlarm(TrainerCallback):
                 logs["accuracy"],
             )
             control.should_training_stop = True
+
+
+class SaveOnSigterm(TrainerCallback):
+    """Finishes the step that SIGTERM comes in, saves it and stops the training; `stopped` tells afterwards.
+
+    transformers' `enable_jit_checkpoint` saves in the middle of a step, which does not resume bit for bit.
+    """
+
+    def __init__(self):
+        self.asked = self.stopped = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.previous = signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, number, frame):
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stopped = self.asked
+        if args.world_size > 1:  # all processes save the same step, whichever of them was asked
+            self.stopped = bool(reduce(torch.tensor(float(self.asked), device=args.device)))
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.previous)
+
+
+class Speed(TrainerCallback):
+    """Time of the optimizer steps, data loading included, evaluation and saving not; the first one warms up."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.last)
+        self._start()
+
+    def _start(self, *args, **kwargs):
+        self.last = time.perf_counter()
+
+    on_train_begin = on_evaluate = on_save = _start
+
+    def metrics(self, args) -> dict[str, float]:
+        """`seconds_per_step`, `samples_per_second` over all processes, and `peak_memory_gib` of this process."""
+        if args.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            import resource  # not there on Windows
+
+            # Linux counts kilobytes, macOS bytes.
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        found = {"peak_memory_gib": peak / 2**30}
+        if self.seconds:
+            mean = statistics.fmean(self.seconds[1:] or self.seconds)
+            samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            found |= {"seconds_per_step": mean, "samples_per_second": samples / mean}
+        return found
 
 
 class SampleEdits(TrainerCallback):

@@ -6,18 +6,21 @@ Knows how the loss is counted, logged, saved and resumed. Does not know where da
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAUROC
-from transformers import Trainer
 
 from thinkclearly.data.collator import EditCollator
 from thinkclearly.decoding.guidance import gate_log_odds
-from thinkclearly.models.clear_head import ClearEditModel
+from thinkclearly.models.clear_head import ClearEditModel, read_clear_config
 from thinkclearly.models.prompt import ClearEditProcessor
 from thinkclearly.training.adapters import load_finetune
+from thinkclearly.training.checkpoints import ResumableTrainer
 
 
 def class_weights(labels: torch.Tensor, codebook_size: int, clear_weight: float) -> torch.Tensor:
@@ -78,7 +81,7 @@ class GateMeter:
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
-class ClearEditTrainer(Trainer):
+class ClearEditTrainer(ResumableTrainer):
     """Fine-tunes a `ClearEditModel`.
 
     Besides the loss it logs, for rows that see the source: true and predicted CLEAR rate, accuracy of the codes where
@@ -112,6 +115,13 @@ class ClearEditTrainer(Trainer):
         self.eval_collator = EditCollator(processor, model.vocabulary)
         self.codebook_size = model.vocabulary.codebook_size
         self.meters = {mode: GateMeter(self.codebook_size, self.args.device) for mode in ("train", "eval")}
+
+    def create_accelerator_and_postprocess(self):
+        # accelerate shards over every kind of device but the CPU, where it would run DDP without a word.
+        state = PartialState._shared_state
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state["distributed_type"] == DistributedType.MULTI_CPU:
+            state["distributed_type"] = DistributedType.MULTI_XPU
+        super().create_accelerator_and_postprocess()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         """Sum of class weights over all micro-batches and processes of one optimizer step."""
@@ -171,11 +181,15 @@ class ClearEditTrainer(Trainer):
         directory = output_dir or self.args.output_dir
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         model.clear_config.clear_weight = self.clear_weight
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=state_dict)
         self.processor.save_pretrained(directory)
         torch.save(self.args, f"{directory}/training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self.clear_weight = read_clear_config(resume_from_checkpoint).clear_weight
+            return
         model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
         load_finetune(model, resume_from_checkpoint)
         self.clear_weight = model.clear_config.clear_weight

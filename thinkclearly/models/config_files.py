@@ -1,0 +1,90 @@
+"""The JSON files of a checkpoint: read, and refused where they claim what cannot be, before anything is built of them.
+
+Knows the names of sizes in Janus configs, native and DeepSeek's. Does not know what they are for.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import JanusConfig, JanusForConditionalGeneration
+
+from thinkclearly.models.weight_files import find_weights, open_weights
+
+# Generous: the largest Janus has 30 layers of 4096 channels, 102,400 words and 16,384 codes.
+_COUNTS = dict.fromkeys(
+    ("num_hidden_layers", "num_res_blocks", "depth", "num_attention_heads", "num_key_value_heads", "heads")
+    + ("num_channels", "in_channels", "out_channels", "channel_multiplier", "patch_size"),
+    1024,
+)
+_WIDTHS = dict.fromkeys(
+    ("hidden_size", "intermediate_size", "head_dim", "projection_dim", "embed_dim", "latent_channels", "base_channels")
+    + ("image_token_embed_dim", "image_token_embed", "n_embed", "input_dim", "image_size", "mlp_ratio"),
+    1 << 17,
+)
+_WORDS = dict.fromkeys(("vocab_size", "num_embeddings", "image_token_size", "num_image_tokens"), 1 << 22)
+_LARGEST = _COUNTS | _WIDTHS | _WORDS
+_PACKED = 16  # a quantised file holds up to 8 weights in a number; tied weights are stored once
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it is not UTF-8, not JSON (cut short, perhaps), or holds something else than an object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}). Is it cut short? Get it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}; expected an object with names and values.")
+    return content
+
+
+def check_sizes(config: dict, where: str | Path) -> None:
+    """Raises `ValueError` for a number of layers, channels, words, … that no Janus model has."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_sizes(value, where)
+        elif name in _LARGEST and value is not None:
+            sizes = value if isinstance(value, list) else [value]
+            if len(sizes) > 64 or not all(type(n) in (int, float) and 0 <= n <= _LARGEST[name] for n in sizes):
+                raise ValueError(
+                    f"{where}: {name} is {value!r:.60}; expected a number from 0 to {_LARGEST[name]}. "
+                    "The file is damaged or not of a Janus model: get it again."
+                )
+
+
+def check_claims(folder: Path, config: dict) -> None:
+    """Refuses a native config that describes a far larger model than the folder's weights, before memory is taken.
+
+    Raises:
+        ValueError: that, a weight file that is damaged, or a config that no model can be built from.
+    """
+    stored = 0
+    for file in find_weights(folder):
+        with open_weights(file) as (names, shape, _):
+            stored += sum(math.prod(shape(name)) for name in names)
+    with torch.device("meta"), config_errors(folder):
+        claimed = sum(p.numel() for p in JanusForConditionalGeneration(JanusConfig.from_dict(config)).parameters())
+    if claimed > _PACKED * stored:
+        raise ValueError(
+            f"{folder / 'config.json'} describes a model of {claimed:,} weights, the files hold {stored:,}. Check "
+            "that they belong together."
+        )
+
+
+@contextmanager
+def config_errors(folder: str | Path) -> Iterator[None]:
+    """What torch and transformers raise for a config that no model can be built from, as a `ValueError`."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the many parts of a config raise what they raise
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{folder}/config.json does not describe a Janus model ({reason}). Get it again.") from error
