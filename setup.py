@@ -11,7 +11,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["thinkclearly", "thinkclearly.*"]),
-    package_data={"thinkclearly": ["tiny_janus/*"]},
+    package_data={"thinkclearly": ["tiny_janus/*", "tiny_clear/*"]},
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.10",
