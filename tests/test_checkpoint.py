@@ -21,6 +21,7 @@ from transformers import JanusConfig, JanusForConditionalGeneration, JanusVision
 from thinkclearly.models import deepseek
 from thinkclearly.models.checkpoint import export_deepseek, from_deepseek, load_janus
 from thinkclearly.models.original_finetune import check_original_base, is_original_finetune, read_original_finetune
+from thinkclearly.models.weight_files import find_weights
 
 NAMES = ("square", "landscape", "portrait")
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
@@ -262,6 +263,13 @@ def test_single_bin(checkpoint, model, weights, zipped):
     torch.save(weights, checkpoint / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     (checkpoint / "model.safetensors").unlink()
     assert same(load_janus(checkpoint), model)
+
+
+@pytest.mark.parametrize("content", ['{"weights": {}}', "[", '{"weight_map": {"a": "../other.safetensors"}}'])
+def test_an_index_that_is_none_or_leads_elsewhere_is_refused(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match="index.json"):
+        find_weights(tmp_path)
 
 
 @pytest.mark.parametrize("index", (True, False))

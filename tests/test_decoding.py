@@ -78,6 +78,25 @@ def test_three_row_edit_matches_the_reference(base, expected, prompts):
         )
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_blocks_are_masked_whatever_attention_the_model_was_loaded_with(golden, expected, prompts, implementation):
+    pair = load_base(str(golden / "checkpoint"), attn_implementation=implementation)
+    name = names(expected)[0]
+    rows, embeds, source = edit_rows(pair, expected, prompts, name, [FULL, PART, UNCOND])
+    settings = DecodeSettings(temperature=0, block=6)
+    decoded = decode(
+        pair[0],
+        embeds,
+        rows.attention_mask,
+        pair[1].num_image_tokens,
+        settings,
+        source_tokens=source,
+        samples=[(0, 0)],
+    )
+    assert decoded.codes[0].tolist() == expected[f"{name}.edit.greedy_tokens"].tolist()
+    assert pair[0].base.model.language_model.config._attn_implementation == implementation
+
+
 def test_text_to_image_matches_the_reference(base, expected, prompts):
     for key in (k.split(".")[0] for k in expected if k.startswith("t2i") and k.endswith("greedy_tokens")):
         text = prompts[f"{key}.prompt"].removeprefix("<|User|>: ").split("\n\n<|Assistant|>")[0]

@@ -128,6 +128,15 @@ def test_names_stay_inside_the_output_folder_and_apart(photos):
     (photos / "edits.jsonl").unlink()
 
 
+def test_a_data_set_s_rows_need_names(photos, tmp_path):
+    table = datasets.Dataset.from_dict(
+        {"key": ["a", ""], "image": [str(photos / "0.png")] * 2, "instruction": ["x"] * 2}
+    )
+    table.to_parquet(tmp_path / "edits.parquet")
+    with pytest.raises(ValueError, match="row 1 has the key ''"):
+        batch.read_items(str(tmp_path / "edits.parquet"))
+
+
 def test_the_command_wants_one_picture_or_an_input(photos, capsys):
     for argv, message in (
         (["--instruction", "x"], "either --image"),

@@ -218,7 +218,7 @@ def test_a_checkpoints_own_settings_are_the_defaults(editor, pictures):
         model.clear_config.edit = {"temperature": 0.0, "cfg_weight": 2.0}
         assert Editor(model, editor.processor).settings == EditSettings(temperature=0.0, cfg_weight=2.0)
         model.clear_config.edit = {"invented_later": 1}
-        with pytest.raises(TypeError, match="invented_later"):
+        with pytest.raises(ValueError, match="invented_later"):
             Editor(model, editor.processor)
     finally:
         model.clear_config.edit = {}

@@ -1,5 +1,12 @@
 """pipeline("clear-edit") behaves like any other pipeline, and edits as the editor does."""
 
+import runpy
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +75,7 @@ def test_a_batch_gives_the_tokens_of_one_by_one(edit, names):
 
 
 def test_lists_generators_and_datasets_stream_in_order(edit, names):
+    edit = partial(edit, use_cfg=False)  # a third of the work
     pictures = [Image.open(name).convert("RGB") for name in names]
     expected = tokens(edit(names, prompt=PROMPTS))
     rows = [{"image": picture, "prompt": prompt} for picture, prompt in zip(pictures, PROMPTS)]
@@ -75,11 +83,38 @@ def test_lists_generators_and_datasets_stream_in_order(edit, names):
     stream = edit((row for row in rows), batch_size=2)
     assert not isinstance(stream, list) and tokens(stream) == expected
     data = Dataset.from_list([{"image": {"path": n, "bytes": None}, "prompt": p} for n, p in zip(names, PROMPTS)])
-    assert tokens(edit(data, batch_size=3)) == expected
+    assert tokens(edit(data, batch_size=3)) == tokens(edit(data["image"], prompt=data["prompt"])) == expected
     same = tokens(edit(names, prompt=PROMPTS[0]))
     assert tokens(edit(KeyDataset(data, "image"), prompt=PROMPTS[0])) == same
     assert tokens(edit(names[0], prompt=PROMPTS)) == tokens(edit([names[0]] * 3, prompt=PROMPTS))
     assert edit([], prompt=PROMPTS[0]) == []
+
+
+def test_loading_takes_what_any_pipeline_takes(edit, finetune, names):
+    expected = pipeline("clear-edit", device="cpu")(names[0], prompt="Make the background red.")
+    options = {"device_map": "cpu", "dtype": torch.float32, "model_kwargs": {"attn_implementation": "eager"}}
+    other = pipeline("clear-edit", **options)
+    assert tokens([other(names[0], prompt="Make the background red.", progress_bar=False)]) == tokens([expected])
+    half = pipeline("clear-edit", model=str(finetune), device="cpu", dtype="bfloat16")
+    assert half.model.base.dtype == torch.bfloat16 and half(names[0], prompt="Night.").image.size == (96, 96)
+
+
+def test_a_url_is_read_like_a_file(edit, golden, names):
+    handler = partial(SimpleHTTPRequestHandler, directory=golden / "images")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        found = edit(f"{url}/square.png", prompt="Night.", seed=1)
+        with pytest.raises(ValueError, match="The picture.*404"):
+            edit(f"{url}/none.png", prompt="Night.")
+        server.shutdown()
+    assert tokens([found]) == tokens([edit(names[0], prompt="Night.", seed=1)])
+
+
+def test_without_the_package_the_repository_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "thinkclearly.hub.pipeline", None)
+    with pytest.raises(ImportError, match="pip install thinkclearly"):
+        runpy.run_path(str(Path(thinkclearly.__file__).parent / "hub" / "remote_pipeline.py"))
 
 
 def test_samples_and_seeds(edit, names):

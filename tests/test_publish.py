@@ -43,7 +43,7 @@ METRICS = {"eval_loss": 2.5, "eval_gate_auc": 0.75, "eval_runtime": 3.0, "train_
 @pytest.fixture(scope="module")
 def finetune(golden, tmp_path_factory):
     """What training leaves, with a gate that copies some patches and paints others."""
-    directory = tmp_path_factory.mktemp("run") / "clear"
+    directory = tmp_path_factory.mktemp("run") / "checkpoint"
     torch.manual_seed(0)
     backbone = load_backbone(golden / "checkpoint")
     hashes = {"codebook_hash": codebook_hash(backbone.model), "base_hash": base_hash(backbone.model)}

@@ -1,6 +1,7 @@
 """From `train` over `push` to `pipeline` in a process that has never seen the model: the real commands, over HTTP."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,20 +16,19 @@ from thinkclearly.data.shapes import packaged_photos, random_edit
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
-READ = """
-import hashlib, json, sys
+REMOTE = """
+import json, sys
 from transformers import pipeline
-{imports}
 photo, prompt, output = sys.argv[1:]
-edit = pipeline("clear-edit", {model}, device="cpu")
+edit = pipeline("clear-edit", model="you/edit", config="you/edit", trust_remote_code=True, device="cpu")
 result = edit(photo, prompt=prompt, seed=3)
 result.image.save(output)
 print(json.dumps(result.tokens.tolist()))
 """
 
 
-def run(command, env):
-    result = subprocess.run([*map(str, command)], env=env, cwd=ROOT, capture_output=True, text=True)
+def run(command, env, cwd=ROOT):
+    result = subprocess.run([*map(str, command)], env=env, cwd=cwd, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     return result
 
@@ -50,10 +50,15 @@ def test_train_push_and_edit_elsewhere_with_the_same_pixels(hub, photo, tmp_path
     run([BIN / "thinkclearly", "push", output, "--repo_id", "you/edit", "--license", "mit"], here)
     editor = load_editor(output)
     expected = editor.edit(path, prompt, seed=3)
-    with_package = READ.format(imports="import thinkclearly", model='model="you/edit"')
-    without = READ.format(imports="", model='model="you/edit", config="you/edit", trust_remote_code=True')
-    for name, script in (("imported", with_package), ("remote", without)):
-        elsewhere = client(hub, tmp_path / name)
-        found = run([sys.executable, "-c", script, path, prompt, tmp_path / f"{name}.png"], elsewhere)
-        assert json.loads(found.stdout.splitlines()[-1]) == expected.ids.tolist()
-        assert Image.open(tmp_path / f"{name}.png").tobytes() == expected.image.tobytes()
+    found = run(
+        [sys.executable, "-c", REMOTE, path, prompt, tmp_path / "remote.png"], client(hub, tmp_path / "remote")
+    )
+    assert json.loads(found.stdout.splitlines()[-1]) == expected.ids.tolist()
+    assert Image.open(tmp_path / "remote.png").tobytes() == expected.image.tobytes()
+    # The lines that the card prints, as they are.
+    (snippet,) = re.findall(r"```python\n(.*?)```", hub.files("you/edit")["README.md"].decode(), flags=re.S)
+    path.rename(tmp_path / "photo.jpg")
+    run([sys.executable, "-c", snippet], client(hub, tmp_path / "imported"), cwd=tmp_path)
+    (words,) = re.findall(r'prompt="(.*?)"', snippet)
+    own = editor.edit(tmp_path / "photo.jpg", words)
+    assert Image.open(tmp_path / "edited.png").tobytes() == own.image.tobytes()

@@ -196,7 +196,7 @@ def edit(argv: list[str] | None = None) -> None:
 def _edit_many(arguments: EditArguments, settings: dict) -> None:
     with PartialState().main_process_first():
         items, skipped = read_items(arguments.input, arguments.instruction, arguments.split, arguments.on_bad_record)
-    names = ("model", "base", "dtype", "seed", "num_images")
+    names = ("input", "split", "model", "base", "dtype", "seed", "num_images")
     report = edit_items(
         _load(arguments, load_clear_model),
         items,

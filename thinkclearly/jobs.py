@@ -201,7 +201,7 @@ def build_model(model: ModelArguments, lora: LoraArguments, backbone: Backbone, 
         return train_fully(backbone, config)
     return add_lora(
         backbone,
-        model.base_model,
+        str(Path(model.base_model).absolute()) if is_local(model.base_model) else model.base_model,
         config,
         revision=model.model_revision,
         r=lora.lora_r,
@@ -242,7 +242,7 @@ def train(
     )
     if data.test is None:
         training.eval_strategy = "no"
-    sigterm, speed = SaveOnSigterm(), Speed()
+    sigterm, speed, alarm = SaveOnSigterm(), Speed(), CollapseAlarm()
     trainer = PublishingTrainer(
         model=model,
         processor=backbone.processor,
@@ -252,7 +252,7 @@ def train(
         args=training,
         train_dataset=data.train,
         eval_dataset=data.test,
-        callbacks=[EpochOfDropout(collator), CollapseAlarm(), sigterm, speed],
+        callbacks=[EpochOfDropout(collator), alarm, sigterm, speed],
     )
     if clear.tune_clear_weight:
         trainer.add_callback(TuneClearWeight(trainer))
@@ -275,6 +275,8 @@ def train(
     if sigterm.stopped:
         logger.warning("SIGTERM: step %d is done and saved; the same command goes on", trainer.state.global_step)
         raise SystemExit(128 + signal.SIGTERM)
+    if alarm.step is not None:
+        raise ValueError(f"The loss collapsed at step {alarm.step}; nothing is saved or pushed beyond the checkpoints")
     trainer.save_model(_internal_call=True)  # what is pushed is the end, with its metrics
     trainer.save_state()
     metrics = result.metrics | speed.metrics(training)

@@ -5,9 +5,22 @@ Knows nothing of pictures or acceptance: it is told where the next tokens of eac
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+
+
+@contextmanager
+def masked_attention(language_model: PreTrainedModel):
+    """With sdpa, which takes any mask: flash attention knows causal ones only, eager would add ours as numbers."""
+    config = language_model.config
+    implementation, config._attn_implementation = config._attn_implementation, "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = implementation
 
 
 class BlockCache(Cache):

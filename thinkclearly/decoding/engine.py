@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from thinkclearly.config import option
-from thinkclearly.decoding.cache import BlockCache
+from thinkclearly.decoding.cache import BlockCache, masked_attention
 from thinkclearly.decoding.guidance import gate_log_odds, guide, row_weights
 from thinkclearly.decoding.sampling import draw, gumbel_noise, warpers
 from thinkclearly.models.backbone import positions, token_embeddings
@@ -104,6 +104,7 @@ def decode(
         samples: (seed, sample number) of each sample, which key its noise.
         on_step: called with the number of positions done after each pass.
     """
+    language_model = model.base.model.language_model
     count, rows = len(samples), embeds.shape[0] // len(samples)
     device, last = embeds.device, embeds.shape[1] - 1
     longest = min(settings.block or MAX_BLOCK, num_tokens)
@@ -130,13 +131,14 @@ def decode(
             columns = torch.arange(last + length, device=device).expand(count, -1)
         fed = token_embeddings(model.base, fed.repeat_interleave(rows, dim=0)).to(embeds.dtype)
         columns = columns.repeat_interleave(rows, dim=0)
-        hidden = model.base.model.language_model(
-            inputs_embeds=fed if accepted else torch.cat([embeds, fed], dim=1),
-            attention_mask=cache.step(columns, end=last + max(done) + length),
-            position_ids=places.gather(1, columns),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -length:]
+        with masked_attention(language_model):
+            hidden = language_model(
+                inputs_embeds=fed if accepted else torch.cat([embeds, fed], dim=1),
+                attention_mask=cache.step(columns, end=last + max(done) + length),
+                position_ids=places.gather(1, columns),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -length:]
         draft = tokens.gather(1, index)
         for buffer, value in zip((ids, tokens, codes, gate, kept), choose(hidden, index)):
             if buffer is not None:

@@ -61,7 +61,7 @@ def read_items(
         rows = [(str(Path(file).relative_to(path)), None, {"path": file}) for file in pictures_in(path)]
     elif path.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
             try:
                 rows += [_read_line(path, number, line)] if line.strip() else []
             except BadRecord as error:
@@ -177,6 +177,8 @@ def _of_table(table: Dataset, source: str, instruction: str | None) -> Dataset:
         )
     table = table.cast_column(names["image"], ITEMS["image"])
     keys = table["key"] if "key" in table.column_names else [f"{i:06d}" for i in range(len(table))]
+    if bad := [i for i, key in enumerate(keys) if not isinstance(key, str) or not key.strip()]:
+        raise ValueError(f"{source}: row {bad[0]} has the key {keys[bad[0]]!r}; expected a name, as text")
     words = table[names["instruction"]] if names["instruction"] else [None] * len(table)
     table = table.select_columns([names["image"]]).rename_columns({names["image"]: "image"})
     table = table.add_column("key", list(keys)).add_column("instruction", [own or instruction for own in words])

@@ -98,7 +98,8 @@ def read_metrics(run: Path) -> dict[str, float]:
         for name, value in results.items()
         if name.startswith("eval_") and not name.endswith(timing)
     }
-    edits = _read(run / "metrics.json", json.loads) or _read(run.parent / "metrics.json", json.loads)
+    # The demo measures beside its checkpoint.
+    edits = _read((run.parent if run.name == "checkpoint" else run) / "metrics.json", json.loads)
     held_out = edits.get("held_out", {}) if isinstance(edits, dict) else {}
     for picture in ("raw", "pixel_composite"):
         values = held_out.get("pictures", {}).get(picture, {})

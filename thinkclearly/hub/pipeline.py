@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import datasets
 import torch
+from datasets import Column, Dataset, IterableDataset
+from huggingface_hub.utils import get_session, httpx
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoConfig, Pipeline, PreTrainedConfig
-from transformers.image_utils import load_image as fetch_image
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import PipelineException
 from transformers.utils import ModelOutput
@@ -124,7 +124,8 @@ class ClearEditPipeline(Pipeline):
         inputs = image if inputs is None else inputs
         if inputs is None:
             raise ValueError("No picture was given; pass a path, URL, PIL picture, array or a list of them")
-        if isinstance(prompt, (list, tuple)):
+        prompt = prompt if prompt is None or isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, list):
             inputs = [inputs] * len(prompt) if _is_one_picture(inputs) else list(inputs)
             if len(inputs) != len(prompt):
                 raise ValueError(
@@ -133,7 +134,7 @@ class ClearEditPipeline(Pipeline):
         elif _is_one_picture(inputs):
             return super().__call__(_item(inputs, prompt), **kwargs)
         items = _items(inputs, prompt)
-        if isinstance(inputs, (list, tuple)):
+        if isinstance(inputs, (list, tuple, Column)):
             items = list(items)
             return super().__call__(items, **kwargs) if items else []
         return super().__call__(items, **kwargs)
@@ -159,9 +160,9 @@ class ClearEditPipeline(Pipeline):
             raise ValueError(f"{name} has the prompt {prompt!r}; say what to change, e.g. 'Make the scarf blue.'")
         if isinstance(image, str) and image.startswith(("http://", "https://")):
             try:
-                image = fetch_image(image)
-            except Exception as error:  # whatever the HTTP client of the day raises
-                raise ValueError(f"{name}: {image} cannot be read as a picture: {error}") from error
+                image = get_session().get(image, timeout=30, follow_redirects=True).raise_for_status().content
+            except httpx.HTTPError as error:
+                raise ValueError(f"{name}: {image} cannot be read: {error}") from error
         return {"image": load_image(image, name=name), "prompt": prompt}
 
     def _forward(self, model_inputs: dict, progress_bar=True, callback=None, **options) -> dict:
@@ -221,6 +222,8 @@ class ClearEditLoader:
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise PipelineException(TASK, name_or_path, str(error)) from error
         model.processor = processor
+        if hasattr(model.base, "hf_device_map"):
+            model.hf_device_map = model.base.hf_device_map  # so that nobody moves it
         return model
 
 
@@ -243,13 +246,13 @@ def register() -> None:
 
 
 def _is_one_picture(inputs) -> bool:
-    many = (list, tuple, Iterator, datasets.Dataset, datasets.IterableDataset, torch.utils.data.Dataset)
+    many = (list, tuple, Iterator, Column, Dataset, IterableDataset, torch.utils.data.Dataset)
     return not isinstance(inputs, many)
 
 
 def _items(inputs: Iterable, prompt) -> Iterator[dict]:
     """Numbered items; `prompt` is one for all or one for each."""
-    prompts = prompt if isinstance(prompt, (list, tuple)) else itertools.repeat(prompt)
+    prompts = prompt if isinstance(prompt, list) else itertools.repeat(prompt)
     for index, (item, own) in enumerate(zip(inputs, prompts)):
         yield _item(item, own, index)
 

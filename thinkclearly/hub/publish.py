@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import yaml
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
@@ -77,6 +78,8 @@ def push(
     if "/" not in repo_id:
         repo_id = f"{HfApi(token=token).whoami()['name']}/{repo_id}"
     if (directory / INFO_FILE).is_file():
+        if unused := [name for name in ("base_model_id", "license", "pt", "merged") if options.get(name)]:
+            raise ValueError(f"{directory} holds prepared data, for which {unused[0]} means nothing; leave it out")
         stage, kind = _staged_data(directory, repo_id), "dataset"
     else:
         stage, kind = staged(directory, repo_id, **options), "model"
@@ -158,10 +161,14 @@ def staged(
             if (folder / ADAPTER_CONFIG).is_file():
                 settings = _read_json(folder / ADAPTER_CONFIG) | {"base_model_name_or_path": base}
                 _write_json(folder / ADAPTER_CONFIG, settings)
-        if merged != "deepseek":  # transformers' own pipeline() cannot read that layout's configuration anyway
+        if (folder / ADAPTER_CONFIG).is_file():  # else pipeline() would ask for trust_remote_code, imported or not
             _write_json(folder / "config.json", pipeline_config(_read_json(folder / "config.json")))
             shutil.copy(Path(__file__).parent / "remote_pipeline.py", folder / PIPELINE_FILE)
         _link(run, folder, (RECIPE_FILE,))
+        if base_model_id and (recipe := folder / RECIPE_FILE).is_file():
+            settings = {"base_model": base_model_id} | yaml.safe_load(recipe.read_text(encoding="utf-8"))
+            recipe.unlink()  # it is a link to the original
+            recipe.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         samples = sorted((run / "samples").glob("*.png"), reverse=True)[:SAMPLES]
         _link(run, folder, [f"samples/{path.name}" for path in samples])
         if pt:

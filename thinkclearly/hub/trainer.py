@@ -21,6 +21,7 @@ from thinkclearly.training.trainer import ClearEditTrainer
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+_FAILED = "Pushing a checkpoint failed, training goes on: %s"
 
 
 class PublishingTrainer(ClearEditTrainer):
@@ -30,12 +31,6 @@ class PublishingTrainer(ClearEditTrainer):
 
     Whole checkpoints, for `hub_strategy: checkpoint` and `all_checkpoints`, go without the arguments' file.
     """
-
-    def create_model_card(self, **_) -> None:
-        """Writes README.md in `output_dir`; a text that the user put there stays."""
-        if self.is_world_process_zero():
-            with staged(self.args.output_dir, self.hub_model_id or Path(self.args.output_dir).name) as folder:
-                (Path(self.args.output_dir) / CARD_FILE).write_bytes((folder / CARD_FILE).read_bytes())
 
     def push_to_hub(
         self,
@@ -78,7 +73,10 @@ class PublishingTrainer(ClearEditTrainer):
         if self.push_in_progress is not None and not self.push_in_progress.is_done() and not self.args.hub_always_push:
             return
         message = f"Training in progress, step {self.state.global_step}"
-        jobs = [self._push(checkpoint_folder, message)]
+        try:
+            jobs = [self._push(checkpoint_folder, message)]
+        except (OSError, ValueError) as error:  # a card that cannot be read, no room in TMPDIR
+            return logger.warning(_FAILED, error)
         if self.args.hub_strategy in CHECKPOINTS:
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             whole = upload_folder(
@@ -100,4 +98,4 @@ class PublishingTrainer(ClearEditTrainer):
 def _tell(job: Future) -> None:
     """A push in the middle of training that fails is no reason to stop, nor to be silent."""
     if not job.cancelled() and job.exception() is not None:
-        logger.warning("Pushing a checkpoint failed, training goes on: %s", job.exception())
+        logger.warning(_FAILED, job.exception())

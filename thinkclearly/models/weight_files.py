@@ -20,7 +20,7 @@ def find_weights(folder: Path) -> list[Path]:
             return [folder / single]
         index = folder / f"{single}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = _shards(index)
             if absent := [name for name in names if not (folder / name).is_file()]:
                 raise FileNotFoundError(
                     f"{index} names {', '.join(absent)}, absent from the folder; download every shard."
@@ -33,6 +33,16 @@ def find_weights(folder: Path) -> list[Path]:
     raise FileNotFoundError(
         f"{folder} has no weights; expected model.safetensors, pytorch_model.bin or shards of one of them."
     )
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of weight files ({error!r}). Get it again.") from error
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names {outside[0]}, outside its folder; expected plain file names. Get it again.")
+    return names
 
 
 @contextmanager

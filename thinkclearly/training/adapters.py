@@ -64,8 +64,8 @@ def resolve(name_or_path: str | Path, revision: str | None = None, token: str | 
     """A local directory for a folder or a Hub id."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
-    try:
-        return Path(snapshot_download(str(name_or_path), revision=revision, token=token))
+    try:  # checkpoints with their optimizer states, samples and the like lie in folders
+        return Path(snapshot_download(str(name_or_path), revision=revision, token=token, ignore_patterns="*/*"))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
             f"{name_or_path} is neither a folder nor a Hub repository that can be read now; check the name, the token "
@@ -143,7 +143,7 @@ def load_base(name_or_path: str, **kwargs) -> tuple[ClearEditModel, ClearEditPro
 
 
 def _ready(model: ClearEditModel, backbone: Backbone) -> ClearEditModel:
-    model.clear_head.to(backbone.model.device)
+    model.clear_head.to(next(backbone.model.model.generation_head.parameters()).device)
     return model.eval().requires_grad_(False)
 
 

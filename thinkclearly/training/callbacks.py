@@ -54,8 +54,11 @@ class TuneClearWeight(TrainerCallback):
 class CollapseAlarm(TrainerCallback):
     """Stops a run whose loss is gone: accuracy 1.0 at loss 0 means that the answer leaks into the input.
 
-    Reported for Janus-4o's own training (ShareGPT-4o-Image issue 6: blank pictures afterwards).
+    Reported for Janus-4o's own training (ShareGPT-4o-Image issue 6: blank pictures afterwards). `step` tells when.
     """
+
+    def __init__(self):
+        self.step: int | None = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and logs.get("loss", 1.0) < 1e-4 and logs.get("accuracy", 0.0) > 0.9999:
@@ -66,7 +69,7 @@ class CollapseAlarm(TrainerCallback):
                 logs["loss"],
                 logs["accuracy"],
             )
-            control.should_training_stop = True
+            self.step, control.should_training_stop = state.global_step, True
 
 
 class SaveOnSigterm(TrainerCallback):

@@ -13,6 +13,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import Trainer
@@ -85,6 +86,8 @@ def _named_disk_errors(target):
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno is None:  # the Hub's, not the disk's
+            raise
+        if isinstance(error, (torch.OutOfMemoryError, torch.distributed.DistError)):
             raise
         reason = str(error).partition("\n")[0]
         raise SaveError(
