@@ -4,6 +4,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from thinkclearly import jobs
 from thinkclearly.config import (
@@ -16,6 +17,13 @@ from thinkclearly.config import (
 )
 
 ROOMS = [ModelArguments, LoraArguments, DataArguments, ClearArguments, jobs.SettingOverrides]
+
+
+@pytest.fixture(autouse=True)
+def without_deepspeed():
+    """A refused DeepSpeed file stays transformers' global configuration, half built."""
+    yield
+    unset_hf_deepspeed_config()
 
 
 @pytest.fixture
