@@ -48,6 +48,13 @@ class BlockCache(Cache):
         # Padding sees itself: a query without any key would turn into NaN.
         return (seen | (keys == columns.unsqueeze(-1))).unsqueeze(1)
 
+    def keep(self, rows: torch.Tensor) -> None:
+        """Forgets all rows but these, bool (R,)."""
+        self.visible = self.visible[rows]
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.rows = torch.arange(layer.keys.shape[0], device=layer.keys.device).unsqueeze(1)
+
 
 class _BlockLayer(CacheLayerMixin):
     is_sliding = False

@@ -23,6 +23,7 @@ from thinkclearly.models.backbone import positions, token_embeddings
 from thinkclearly.models.clear_head import ClearEditModel
 
 FIRST_BLOCK, MAX_BLOCK = 8, 64  # positions of an adaptive block
+SHRINK = 0.75  # the cache is copied without the finished samples once no more than this share goes on
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Decoded:
         gate: float32 (S, N), log-odds of copying at the operating point used; NaN without a head. Factorised copies
             exactly where they are positive; joint draws, or compares with the best code.
         passes: number of forward passes of the language model.
-        accepted: positions that became final, for each pass a list of S numbers.
+        accepted: positions that became final, for each pass a list of S numbers; 0 for samples that were finished.
         logits: float32 (S, N, K + I) where asked for: the scores that were chosen from.
     """
 
@@ -121,37 +122,47 @@ def decode(
     kept = torch.zeros(count, room, model.vocabulary.num_classes, device=device) if keep_logits else None
 
     done, accepted = [0] * count, []
+    cached = list(range(count))  # samples that have rows in the cache
     length = min(settings.block or FIRST_BLOCK, longest)
-    while min(done) < num_tokens:
-        index = torch.tensor(done, device=device).unsqueeze(1) + torch.arange(length, device=device)
+    while cached:
+        live = torch.tensor(cached, device=device).unsqueeze(1)
+        starts = [done[k] for k in cached]
+        index = torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(length, device=device)
+        draft = tokens[live, index]
         if accepted:
-            fed, columns = tokens.gather(1, index - 1), index + last
+            fed, columns = tokens[live, index - 1], index + last
         else:  # the prompt with the first block
-            fed = tokens[:, : length - 1]
+            fed = draft[:, :-1]
             columns = torch.arange(last + length, device=device).expand(count, -1)
         fed = token_embeddings(model.base, fed.repeat_interleave(rows, dim=0)).to(embeds.dtype)
         columns = columns.repeat_interleave(rows, dim=0)
         with masked_attention(language_model):
             hidden = language_model(
                 inputs_embeds=fed if accepted else torch.cat([embeds, fed], dim=1),
-                attention_mask=cache.step(columns, end=last + max(done) + length),
+                attention_mask=cache.step(columns, end=last + max(starts) + length),
                 position_ids=places.gather(1, columns),
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, -length:]
-        draft = tokens.gather(1, index)
-        for buffer, value in zip((ids, tokens, codes, gate, kept), choose(hidden, index)):
+        for buffer, value in zip((ids, tokens, codes, gate, kept), choose(hidden, live, index)):
             if buffer is not None:
-                buffer[torch.arange(count, device=device).unsqueeze(1), index] = value
+                buffer[live, index] = value
         # A position is final when everything before it was what has been fed; its own draft need not have been right.
-        agreed = (tokens.gather(1, index) == draft)[:, :-1].long().cumprod(1).sum(1).tolist()
-        fresh = [min(1 + n, num_tokens - d) for n, d in zip(agreed, done)]
-        done = [d + n for d, n in zip(done, fresh)]
+        agreed = (tokens[live, index] == draft)[:, :-1].long().cumprod(1).sum(1).tolist()
+        fresh = [0] * count
+        for k, n in zip(cached, agreed):
+            fresh[k] = min(1 + n, num_tokens - done[k])
+            done[k] += fresh[k]
         accepted.append(fresh)
-        if not settings.block:
-            length = _next_length(length, fresh, longest)
         if on_step is not None:
             on_step(min(done))
+        if not settings.block:
+            length = _next_length(length, fresh, longest)
+        going = [k for k in cached if done[k] < num_tokens]
+        if len(going) <= SHRINK * len(cached):
+            stay = torch.tensor([k in going for k in cached], device=device).repeat_interleave(rows)
+            cache.keep(stay)
+            places, cached = places[stay], going
     ids, tokens, codes, gate = (buffer[:, :num_tokens] for buffer in (ids, tokens, codes, gate))
     kept = None if kept is None else kept[:, :num_tokens]
     return Decoded(ids, tokens, codes, gate, len(accepted), accepted, kept)
@@ -177,8 +188,8 @@ class _Chooser:
             noise = [gumbel_noise(*key, room, model.vocabulary.num_classes) for key in samples]
             self.noise = torch.stack(noise).to(model.device)
 
-    def __call__(self, hidden: torch.Tensor, index: torch.Tensor):
-        """Hidden states (S·R, B, H) at positions (S, B) to ids, tokens, codes, gate (S, B) and scores (S, B, C)."""
+    def __call__(self, hidden: torch.Tensor, live: torch.Tensor, index: torch.Tensor):
+        """Hidden states (A·R, B, H) of samples (A, 1) at positions (A, B) to ids, tokens, codes, gate and scores."""
         settings, codebook = self.settings, self.model.vocabulary.codebook_size
         count, length = index.shape
         logits = self.model.logits(hidden).view(count, self.rows, length, -1)
@@ -186,7 +197,7 @@ class _Chooser:
         guided = guide(logits, self.weights).flatten(0, 1)
         noise = None
         if self.noise is not None:
-            noise = self.noise[torch.arange(count, device=index.device).unsqueeze(1), index].flatten(0, 1)
+            noise = self.noise[live, index].flatten(0, 1)
         code = draw(guided[:, :codebook], None if noise is None else noise[:, :codebook], self.filters)
         choice, gate = code, torch.full_like(code, float("nan"), dtype=torch.float32)
         if self.may_copy and settings.guidance == "joint":
@@ -202,6 +213,5 @@ class _Chooser:
         ids, codes, gate = (value.view(count, length) for value in (choice, code, gate))
         tokens = ids
         if self.may_copy:
-            transformed = self.transformed.gather(-1, index.unsqueeze(1).expand(-1, self.transformed.shape[1], -1))
-            tokens = self.model.vocabulary.remap(ids, transformed)
+            tokens = self.model.vocabulary.remap(ids, self.transformed[live, :, index].transpose(1, 2))
         return ids, tokens, codes, gate, guided.view(count, length, -1)

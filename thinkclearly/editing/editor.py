@@ -202,7 +202,7 @@ class Editor:
         features = image_features(self.model.base, pixels)
         clock.lap("encode")
 
-        conditions = [FULL, PART, UNCOND] if settings.use_cfg else [FULL]
+        conditions = _conditions(settings)
         picture = torch.arange(len(images), device=self.model.device).repeat_interleave(num_images * len(conditions))
         samples = [(seed, k) for _ in images for k in range(num_images)]
         owner = [i for i in range(len(images)) for _ in range(num_images)]
@@ -279,7 +279,7 @@ class Editor:
             raise ValueError("The prompt is empty; describe the picture to draw")
         settings = _override(self.settings, overrides)
         _check_count("num_images", num_images)
-        conditions = [FULL, UNCOND] if settings.use_cfg else [FULL]
+        conditions = _conditions(replace(settings, cfg_weight2=0.0))  # there is no picture to leave out
         rows = self.processor.generate_rows([prompt] * num_images * len(conditions), conditions * num_images)
         rows = rows.to(self.model.device)
         n = self.processor.num_image_tokens
@@ -340,6 +340,13 @@ def _override(settings: EditSettings, overrides: dict) -> EditSettings:
     if unknown:
         raise TypeError(f"Unknown settings {unknown}; choose from {sorted(known)}")
     return replace(settings, **overrides)
+
+
+def _conditions(settings: DecodeSettings) -> list[int]:
+    """The guidance rows that have a weight: decoding a row only to multiply it by 0 would be waste."""
+    if settings.use_cfg and settings.cfg_weight2:
+        return [FULL, PART, UNCOND]
+    return [FULL, UNCOND] if settings.use_cfg and settings.cfg_weight != 1 else [FULL]
 
 
 def _check_count(name: str, value: int) -> None:
