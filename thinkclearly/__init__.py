@@ -2,13 +2,22 @@
 
 from thinkclearly.data.prepare import prepare_dataset
 from thinkclearly.editing.editor import Editor, EditResult, EditSettings
+from thinkclearly.editing.session import EditSession
 from thinkclearly.hub.pipeline import register as _register_pipeline
 from thinkclearly.training.adapters import load_clear_model
 from thinkclearly.training.trainer import ClearEditTrainer
 
 __version__ = "0.1.0"
 _register_pipeline()
-__all__ = ["ClearEditTrainer", "EditResult", "EditSettings", "Editor", "load_editor", "prepare_dataset"]
+__all__ = [
+    "ClearEditTrainer",
+    "EditResult",
+    "EditSession",
+    "EditSettings",
+    "Editor",
+    "load_editor",
+    "prepare_dataset",
+]
 
 
 def load_editor(name_or_path: str, **kwargs) -> Editor:
@@ -18,4 +27,4 @@ def load_editor(name_or_path: str, **kwargs) -> Editor:
         name_or_path: the fine-tune. A missing or mismatched CLEAR head is an error.
         kwargs: `base`, `dtype`, `device`, `revision`, `token`, …; see `load_clear_model`.
     """
-    return Editor(*load_clear_model(name_or_path, **kwargs))
+    return Editor(*load_clear_model(name_or_path, **{"merge": True} | kwargs))

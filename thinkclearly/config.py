@@ -153,6 +153,9 @@ class ClearArguments:
     drop_all: float = option(0.1, "Share of rows that see neither picture nor words (trains the uncond row).")
     drop_source: float = option(0.5, "Share of the other rows that do not see the source codes (trains the part row).")
     clear_head_lr: float | None = option(None, "Learning rate of the CLEAR linear; learning_rate if not given.")
+    calibration_edits: int = option(
+        64, "Held-out pictures that are edited after training to calibrate the gate; 0 for none."
+    )
     sample_edits: int = option(4, "Held-out pictures that are edited and saved at each evaluation; 0 for none.")
 
     def __post_init__(self):

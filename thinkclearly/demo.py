@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # What is measured is what was saved, read back as a user would.
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    editor = Editor(*load_clear_model(training.output_dir, device=device))
+    editor = Editor(*load_clear_model(training.output_dir, device=device, merge=True))
     started = time.perf_counter()
     rows = jobs.sources.shapes(demo.demo_edits, size=data.shapes_size, seed=data.split_seed + 1, split="test")
     held_out = jobs.evaluate_rows(editor, rows, data, demo.demo_batch_size)

@@ -36,6 +36,7 @@ from thinkclearly.data.jsonl import read_jsonl
 from thinkclearly.data.prepare import label_dataset, load_encoded, prepare_dataset
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.editing.editor import Editor, EditSettings
+from thinkclearly.evaluation.calibration import calibrate
 from thinkclearly.evaluation.edits import Evaluation, evaluate_edits
 from thinkclearly.evaluation.pictures import sheet
 from thinkclearly.hub.card import RECIPE_FILE
@@ -277,9 +278,9 @@ def train(
         raise SystemExit(128 + signal.SIGTERM)
     if alarm.step is not None:
         raise ValueError(f"The loss collapsed at step {alarm.step}; nothing is saved or pushed beyond the checkpoints")
+    metrics = result.metrics | speed.metrics(training) | calibrate_model(trainer, data.test, clear.calibration_edits)
     trainer.save_model(_internal_call=True)  # what is pushed is the end, with its metrics
     trainer.save_state()
-    metrics = result.metrics | speed.metrics(training)
     if data.test is not None:
         metrics.update(trainer.evaluate())
     trainer.log_metrics("all", metrics)
@@ -287,6 +288,24 @@ def train(
     if training.push_to_hub:
         trainer.push_to_hub()
     return trainer
+
+
+def calibrate_model(trainer: ClearEditTrainer, rows: Dataset | None, count: int) -> dict[str, float]:
+    """Calibrates what was trained on `count` held-out records, by the process that saves; what came of it."""
+    usable = rows is not None and "source" in rows.column_names and not trainer.is_fsdp_enabled
+    if not count or not usable:
+        logger.info("The gate stays uncalibrated: that takes held-out records with pictures, and no FSDP")
+        return {}
+    found = {}
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
+        model.clear_config.clear_weight = trainer.clear_weight
+        try:
+            found = calibrate(Editor(model, trainer.processor), rows.select(range(min(count, len(rows)))))
+        except ValueError as error:  # held-out records that are all CLEAR, or none of them
+            logger.warning("The gate stays uncalibrated: %s", error)
+    trainer.accelerator.wait_for_everyone()
+    return found
 
 
 def estimate_memory(

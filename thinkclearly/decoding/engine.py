@@ -24,6 +24,9 @@ from thinkclearly.models.clear_head import ClearEditModel
 
 FIRST_BLOCK, MAX_BLOCK = 8, 64  # positions of an adaptive block
 SHRINK = 0.75  # the cache is copied without the finished samples once no more than this share goes on
+# Log-odds of copying at which a mistake costs the same either way: a false CLEAR leaves a hole in the edit, a missed
+# one costs exactness.
+PREFERENCES = {"edit": math.log(10), "balanced": 0.0, "exact": -math.log(10)}
 
 
 @dataclass
@@ -36,7 +39,12 @@ class DecodeSettings:
     )
     cfg_weight: float = option(5.0, "Guidance weight w in u + w(c - u); see decoding/guidance.py.")
     cfg_weight2: float = option(5.0, "Weight of the part row (no source codes) against the full row.")
-    clear_bias: float = option(0.0, "Added to the log-odds of copying (joint: to the CLEAR logit).")
+    prefer: str = option(
+        "balanced",
+        "edit: copy where unchanged is 10 times as likely as changed, so that edits have no holes; exact: the other "
+        "way round; balanced: the likelier.",
+    )
+    clear_bias: float = option(0.0, "Added to the calibrated log-odds of copying (joint: to the CLEAR logit).")
     temperature: float = option(1.0, "Sampling temperature of the codes; 0 decodes greedily.")
     top_k: int = option(0, "Sample from the k best codes; 0 for all.")
     top_p: float = option(1.0, "Sample from the smallest set of codes with this probability mass.")
@@ -46,6 +54,8 @@ class DecodeSettings:
     def __post_init__(self):
         if self.guidance not in ("factorised", "joint"):
             raise ValueError(f"guidance={self.guidance!r}; choose 'factorised' or 'joint'")
+        if self.prefer not in PREFERENCES:
+            raise ValueError(f"prefer={self.prefer!r}; choose from {', '.join(PREFERENCES)}")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}; expected 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
@@ -66,8 +76,9 @@ class Decoded:
         ids: long (S, N), classes in [0, K + I).
         tokens: long (S, N), what went back into the model: ids with instructions remapped to source codes.
         codes: long (S, N), the chosen code everywhere; where an instruction was chosen, the code that came next.
-        gate: float32 (S, N), log-odds of copying at the operating point used; NaN without a head. Factorised copies
-            exactly where they are positive; joint draws, or compares with the best code.
+        gate: float32 (S, N), log-odds of copying at the operating point used, so calibrated ones minus what `prefer`
+            asks plus `clear_bias`; NaN without a head. Factorised copies exactly where they are positive; joint
+            (never calibrated) draws, or compares with the best code.
         passes: number of forward passes of the language model.
         accepted: positions that became final, for each pass a list of S numbers; 0 for samples that were finished.
         logits: float32 (S, N, K + I) where asked for: the scores that were chosen from.
@@ -157,7 +168,7 @@ def decode(
         if on_step is not None:
             on_step(min(done))
         if not settings.block:
-            length = _next_length(length, fresh, longest)
+            length = _next_length(fresh, longest)
         going = [k for k in cached if done[k] < num_tokens]
         if len(going) <= SHRINK * len(cached):
             stay = torch.tensor([k in going for k in cached], device=device).repeat_interleave(rows)
@@ -168,9 +179,13 @@ def decode(
     return Decoded(ids, tokens, codes, gate, len(accepted), accepted, kept)
 
 
-def _next_length(length: int, fresh: list[int], longest: int) -> int:
-    """Twice as many positions as the luckiest sample got through this time: doubling while the draft holds."""
-    return min(2 * max(fresh), longest)
+def _next_length(fresh: list[int], longest: int) -> int:
+    """Twice as many positions as a sample got through on average: doubling while the draft holds.
+
+    The luckiest sample's number would need fewer passes, but most of what they compute would be thrown away.
+    """
+    going = [n for n in fresh if n]
+    return min(math.ceil(2 * sum(going) / len(going)), longest)
 
 
 class _Chooser:
@@ -208,7 +223,9 @@ class _Chooser:
             code = torch.where(choice < codebook, choice, code)  # top-k and top-p see one class more here
         elif self.may_copy:
             full = logits[:, 0].flatten(0, 1)
-            gate = gate_log_odds(full, codebook, self.model.clear_config.clear_weight) + settings.clear_bias
+            config = self.model.clear_config
+            gate = gate_log_odds(full, codebook, config.clear_weight) + config.gate_bias
+            gate = gate / config.gate_temperature - PREFERENCES[settings.prefer] + settings.clear_bias
             choice = torch.where(gate > 0, codebook + full[:, codebook:].argmax(-1), code)
         ids, codes, gate = (value.view(count, length) for value in (choice, code, gate))
         tokens = ids

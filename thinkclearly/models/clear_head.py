@@ -37,6 +37,8 @@ class ClearConfig:
         clear_weight (`float`): class weight of the last training step; inference subtracts its logarithm.
         codebook_hash (`str`): names the codebook that the training tokens came from.
         base_hash (`str`): names the base model that an adapter was trained on; "" where that is not known.
+        gate_bias, gate_temperature (`float`): the calibrated log-odds of copying are (log-odds + bias) / temperature;
+            see evaluation/calibration.py.
         edit (`dict`): decoding settings that this checkpoint was validated with; the editor's defaults.
     """
 
@@ -45,6 +47,8 @@ class ClearConfig:
     clear_weight: float = 1.0
     codebook_hash: str = ""
     base_hash: str = ""
+    gate_bias: float = 0.0
+    gate_temperature: float = 1.0
     edit: dict = field(default_factory=dict)
 
 
@@ -181,10 +185,14 @@ def read_clear_config(directory: str | Path) -> ClearConfig:
         raise ValueError(
             f"{path}: unknown keys {sorted(unknown)} or no codebook_size; written by a newer thinkclearly? Upgrade."
         )
-    kinds = {"codebook_size": "int", "instructions": "list", "clear_weight": "float int", "edit": "dict"}
+    kinds = {"codebook_size": "int", "instructions": "list", "edit": "dict"}
+    kinds |= dict.fromkeys(("clear_weight", "gate_bias", "gate_temperature"), "float int")
     for name, value in content.items():
         if type(value).__name__ not in kinds.get(name, "str").split():
             raise ValueError(f"{path}: {name} is {value!r:.60}; expected {kinds.get(name, 'str')}. Get it again.")
-    if not 0 < content.get("clear_weight", 1) < math.inf:
-        raise ValueError(f"{path}: clear_weight is {content['clear_weight']}; expected a positive number.")
+    for name in ("clear_weight", "gate_temperature"):
+        if not 0 < content.get(name, 1) < math.inf:
+            raise ValueError(f"{path}: {name} is {content[name]}; expected a positive number.")
+    if not math.isfinite(content.get("gate_bias", 0)):
+        raise ValueError(f"{path}: gate_bias is {content['gate_bias']}; expected a number.")
     return ClearConfig(**content)

@@ -79,6 +79,7 @@ def load_clear_model(
     base: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
+    merge: bool = False,
     **kwargs,
 ) -> tuple[ClearEditModel, ClearEditProcessor]:
     """Loads a fine-tune for inference: ours, or the original's directory format.
@@ -86,6 +87,8 @@ def load_clear_model(
     Args:
         name_or_path: folder or Hub id.
         base: base model to use instead of the one the adapter names.
+        merge: add the adapter to the base's weights, which then decode faster; for editing only, the model can no
+            longer be saved. Left undone where they are not float32: rounding would take small updates away.
         kwargs: `dtype`, `device`, …; see `load_janus`.
 
     Raises:
@@ -100,7 +103,7 @@ def load_clear_model(
         _load_lora(janus, state, directory)
         model = ClearEditModel(janus, ClearConfig(backbone.model.config.vq_config.num_embeddings))
         model.set_head(weight, bias, where=directory / "gen_head_clear.pt")
-        return _ready(model, backbone), backbone.processor
+        return _ready(model, backbone, merge), backbone.processor
     if not (directory / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"{name_or_path} has no {CONFIG_FILE} and no gen_head_clear.pt, so it holds no CLEAR head. Give a "
@@ -142,8 +145,11 @@ def load_base(name_or_path: str, **kwargs) -> tuple[ClearEditModel, ClearEditPro
     return _ready(ClearEditModel(backbone.model, ClearConfig(codes, instructions=[])), backbone), backbone.processor
 
 
-def _ready(model: ClearEditModel, backbone: Backbone) -> ClearEditModel:
+def _ready(model: ClearEditModel, backbone: Backbone, merge: bool = False) -> ClearEditModel:
     model.clear_head.to(next(backbone.model.model.generation_head.parameters()).device)
+    layers = model.base.model.language_model.layers
+    if merge and isinstance(model.janus, PeftModel) and {p.dtype for p in layers.parameters()} == {torch.float32}:
+        model.janus.merge_adapter()
     return model.eval().requires_grad_(False)
 
 

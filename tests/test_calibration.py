@@ -1,0 +1,98 @@
+"""The gate's log-odds can be taken at their word after calibration, and every preference moves them the way it says."""
+
+import math
+
+import numpy as np
+import pytest
+
+from thinkclearly.data import sources
+from thinkclearly.editing.editor import Editor
+from thinkclearly.evaluation.calibration import calibrate, fit_gate, gate_metrics
+from thinkclearly.models.backbone import TINY
+from thinkclearly.training.adapters import load_clear_model
+
+
+def test_the_fit_finds_the_bias_and_temperature_that_were_put_in():
+    rng = np.random.default_rng(0)
+    log_odds = rng.normal(1, 4, 40_000)
+    clear = rng.random(40_000) < 1 / (1 + np.exp(-(log_odds - 1.5) / 2.5))
+    bias, temperature = fit_gate(log_odds, clear)
+    assert bias == pytest.approx(-1.5, abs=0.1) and temperature == pytest.approx(2.5, abs=0.1)
+    assert gate_metrics((log_odds + bias) / temperature, clear)["ece"] < 0.01 < gate_metrics(log_odds, clear)["ece"]
+
+
+def test_classes_without_overlap_do_not_run_to_infinity():
+    log_odds = np.array([-3.0, -2.0, -1.0, 1.0, 2.0, 3.0])
+    bias, temperature = fit_gate(log_odds, log_odds > 0)
+    assert math.isfinite(bias) and temperature > 0.1
+
+
+def test_one_class_alone_cannot_be_fitted():
+    with pytest.raises(ValueError, match="4 CLEAR and 0 other positions"):
+        fit_gate(np.zeros(4), np.ones(4, bool))
+
+
+def test_metrics_by_hand():
+    # Two positions at 0.5, one of them CLEAR: honest. Two at 0.9 (log 9), one CLEAR: 0.4 too sure.
+    log_odds, clear = np.array([0.0, 0.0, math.log(9), math.log(9)]), np.array([True, False, True, False])
+    assert gate_metrics(log_odds, clear)["ece"] == pytest.approx((0 + 0.4) / 2, abs=1e-6)
+    # Probabilities of both are 1.0 to the last bit, their order still counts.
+    assert gate_metrics(np.array([50.0, 60.0, 70.0]), np.array([False, True, True]))["auc"] == 1
+    assert gate_metrics(np.array([70.0, 60.0]), np.array([False, True]))["auc"] == 0
+    assert gate_metrics(np.zeros(2), np.zeros(2, bool))["auc"] is None
+
+
+@pytest.fixture
+def editor():
+    return Editor(*load_clear_model(TINY.parent / "tiny_clear"))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    vocabulary = 1024
+    examples = [sources.read_example(row) for row in sources.shapes(6, size=64, seed=3, split="test")]
+    # A truth that the gate does not know: half of the left columns.
+    labels = np.where(np.arange(64) % 8 < 4, vocabulary, 0)
+    return [{"source": e.source, "instruction": e.instruction, "output_tokens": labels} for e in examples]
+
+
+def test_calibrating_changes_what_the_model_copies(editor, rows):
+    config = editor.model.clear_config
+    before = config.gate_bias, config.gate_temperature
+    found = calibrate(editor, rows, batch_size=4)
+    assert (config.gate_bias, config.gate_temperature) == (found["gate_bias"], found["gate_temperature"]) != before
+    assert found["gate_ece_after"] < found["gate_ece_before"]
+    again = calibrate(editor, rows, batch_size=6)
+    assert again["gate_bias"] == pytest.approx(found["gate_bias"], rel=1e-3)  # starts from the gate as it was trained
+
+
+def test_log_odds_are_calibrated_then_shifted_by_preference_and_bias(editor, rows):
+    config = editor.model.clear_config
+    source, words = rows[0]["source"], rows[0]["instruction"]
+
+    def first(**settings):
+        """Before anything was decided: later positions depend on the decisions."""
+        return editor.edit(source, words, **settings).gate[0].item()
+
+    config.gate_bias, config.gate_temperature = 0.0, 1.0
+    plain = first()
+    config.gate_bias, config.gate_temperature = -1.5, 2.0
+    calibrated = (plain - 1.5) / 2
+    assert first() == pytest.approx(calibrated, abs=1e-4)
+    assert first(clear_bias=0.7) == pytest.approx(calibrated + 0.7, abs=1e-4)
+    assert first(prefer="edit") == pytest.approx(calibrated - math.log(10), abs=1e-4)
+    assert first(prefer="exact", clear_bias=-0.2) == pytest.approx(calibrated + math.log(10) - 0.2, abs=1e-4)
+
+
+def test_the_more_exactness_is_preferred_the_more_is_copied(editor, rows):
+    editor.model.clear_config.gate_temperature = 4.0  # an unsure gate, so that preferences tell
+    shares = [
+        np.mean([editor.edit(r["source"], r["instruction"], prefer=p).clear_fraction for r in rows])
+        for p in ("edit", "balanced", "exact")
+    ]
+    assert shares[0] < shares[1] < shares[2]
+
+
+def test_an_unknown_preference_is_named(editor, rows):
+    with pytest.raises(ValueError, match="prefer='speed'; choose from edit, balanced, exact"):
+        editor.edit(rows[0]["source"], "Make it red.", prefer="speed")

@@ -1,0 +1,102 @@
+"""How far the gate's log-odds can be taken at their word, and the two numbers that mend them.
+
+Log-odds and truth in, numbers out; `calibrate` first decodes held-out edits as inference does. Knows nothing of
+training or files.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
+
+from thinkclearly.editing.editor import Editor
+
+logger = logging.getLogger(__name__)
+
+BINS = 15  # of equal width, for the calibration error and its curve
+
+
+def fit_gate(log_odds: np.ndarray, clear: np.ndarray) -> tuple[float, float]:
+    """Bias and temperature that make σ((log_odds + bias) / temperature) the probability of CLEAR.
+
+    Maximum likelihood with Platt's targets (N₊ + 1)/(N₊ + 2) and 1/(N₋ + 2) (Platt 1999), which stay finite where
+    the classes can be told apart without an error.
+
+    Args:
+        log_odds: float (M,), of the gate as it is.
+        clear: bool (M,), whether CLEAR is true.
+
+    Raises:
+        ValueError: all true or all false: there is nothing to fit.
+    """
+    positives, negatives = int(clear.sum()), int((~clear).sum())
+    if not positives or not negatives:
+        raise ValueError(
+            f"{positives} CLEAR and {negatives} other positions; calibration needs both. Hold more edits out."
+        )
+    targets = np.where(clear, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+
+    def loss(parameters: np.ndarray) -> float:
+        scaled = (log_odds + parameters[0]) * np.exp(-parameters[1])
+        return float(np.mean(np.logaddexp(0, scaled) - targets * scaled))
+
+    bias, log_temperature = minimize(loss, np.zeros(2), method="Nelder-Mead").x
+    return float(bias), float(np.exp(log_temperature))
+
+
+def gate_metrics(log_odds: np.ndarray, clear: np.ndarray) -> dict[str, float | None]:
+    """`auc` of the ROC curve and `ece`, the expected calibration error over `BINS` bins (Guo et al. 2017).
+
+    Args:
+        log_odds: float (M,), calibrated or not.
+        clear: bool (M,).
+
+    Returns:
+        `auc` is None where all positions are of one kind.
+    """
+    probabilities, truth = torch.from_numpy(log_odds).double().sigmoid(), torch.from_numpy(clear).long()
+    auc = None
+    if 0 < truth.sum() < len(truth):  # the order is that of the log-odds: large ones are all 1.0 after the sigmoid
+        ranks = np.unique(log_odds, return_inverse=True)[1] / max(1, len(log_odds) - 1)
+        auc = float(binary_auroc(torch.from_numpy(ranks), truth))
+    return {"auc": auc, "ece": float(binary_calibration_error(probabilities, truth, n_bins=BINS, norm="l1"))}
+
+
+def calibrate(editor: Editor, rows: Iterable[dict], batch_size: int = 16) -> dict[str, float]:
+    """Fits the gate of the editor's model to held-out edits, decoded freely with the editor's settings.
+
+    Args:
+        editor: its model's configuration is changed in place.
+        rows: prepared records with their source pictures: `instruction`, `source`, `output_tokens` (N classes).
+
+    Returns:
+        `gate_bias`, `gate_temperature`, and `gate_metrics` as they were before and would be after (same decoding).
+    """
+    model = editor.model
+    config = model.clear_config
+    config.gate_bias, config.gate_temperature = 0.0, 1.0
+    settings = replace(editor.settings, guidance="factorised", prefer="balanced", clear_bias=0.0)
+    gates, clears, rows = [], [], list(rows)
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        results = Editor(model, editor.processor, settings).edit_many(
+            [row["source"] for row in batch], [row["instruction"] for row in batch]
+        )
+        gates += [result.gate.numpy() for result in results]
+        clears += [np.asarray(row["output_tokens"]) >= config.codebook_size for row in batch]
+    log_odds, clear = np.concatenate(gates).astype(np.float64), np.concatenate(clears)
+    config.gate_bias, config.gate_temperature = fit_gate(log_odds, clear)
+    before = gate_metrics(log_odds, clear)
+    after = gate_metrics((log_odds + config.gate_bias) / config.gate_temperature, clear)
+    logger.info(
+        "Gate calibrated on %d edits: bias %+.2f, temperature %.2f; expected calibration error %.3f -> %.3f",
+        *(len(rows), config.gate_bias, config.gate_temperature, before["ece"], after["ece"]),
+    )
+    found = {"gate_bias": config.gate_bias, "gate_temperature": config.gate_temperature, "gate_auc": before["auc"]}
+    return found | {"gate_ece_before": before["ece"], "gate_ece_after": after["ece"]}
