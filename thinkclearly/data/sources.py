@@ -130,15 +130,8 @@ def magicbrush(
         raise ValueError(f"match={match!r}: expected 'any' or 'all'.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: expected at least 1, or none.")
-    local = Path(path_or_id)
-    if local.suffix == ".parquet" and not local.is_file():
-        raise FileNotFoundError(f"{local}: no such file. Check the path.")
-    if local.is_file():
-        table = datasets.load_dataset("parquet", data_files=str(local), split="train", streaming=streaming)
-        prefix = local.name
-    else:
-        table = datasets.load_dataset(str(path_or_id), split=split, streaming=streaming)
-        prefix = split
+    table = load_table(path_or_id, split, streaming)
+    prefix = Path(path_or_id).name if Path(path_or_id).is_file() else split
     if streaming and table.features is None:
         table = table._resolve_features()
     names = _find_columns(table.column_names, str(path_or_id), turn_index is not None)
@@ -166,6 +159,16 @@ def magicbrush(
         table = table.add_column("mask", [None] * len(table), feature=FEATURES["mask"])
     table = table.add_column("key", [f"{prefix}[{i}]" for i in range(len(table))], feature=FEATURES["key"])
     return table.select(rows[:limit]).select_columns(list(FEATURES))
+
+
+def load_table(path_or_id: str, split: str, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+    """A table with all its columns: a Hub id, a Parquet file, or a folder that `datasets.load_dataset` understands."""
+    local = Path(path_or_id)
+    if local.suffix == ".parquet" and not local.is_file():
+        raise FileNotFoundError(f"{local}: no such file. Check the path.")
+    if local.is_file():
+        return datasets.load_dataset("parquet", data_files=str(local), split="train", streaming=streaming)
+    return datasets.load_dataset(str(path_or_id), split=split, streaming=streaming)
 
 
 def _find_columns(found: list[str], where: str, with_turn: bool) -> dict[str, str]:
@@ -214,7 +217,7 @@ def folder(path: str | os.PathLike) -> datasets.Dataset:
         raise FileNotFoundError(f"{root}: no directory named sample_*; expected sample_0000/source.png and so on.")
     rows = []
     for sample in samples:
-        metadata = _read_json(sample / "metadata.json", dict)
+        metadata = read_json(sample / "metadata.json", dict)
         row = {"key": sample.name, "instruction": _text(metadata.get("instruction"), sample.name, "instruction")}
         for side in ("source", "target", "mask"):
             given = metadata.get(side, f"{side}.png")
@@ -241,7 +244,7 @@ def write_folder(examples: Iterable[EditExample], path: str | os.PathLike) -> in
         name, metadata = f"sample_{count:04d}", {"instruction": example.instruction, "key": example.key}
         count += 1
         if (root / name).is_dir():
-            if _read_json(root / name / "metadata.json", dict) != metadata:
+            if read_json(root / name / "metadata.json", dict) != metadata:
                 raise FileExistsError(f"{root / name} is of another export; choose another folder or remove it first.")
             continue
         temporary = root / f".{name}.tmp"
@@ -268,7 +271,7 @@ def sharegpt4o(path: str | os.PathLike, limit: int | None = None) -> datasets.Da
     """
     path = Path(path)
     rows, without, several = [], 0, 0
-    for index, record in enumerate(_read_json(path, list)):
+    for index, record in enumerate(read_json(path, list)):
         if limit is not None and len(rows) >= limit:
             break
         key = f"{path.name}[{index}]"
@@ -311,7 +314,8 @@ def _of_files(rows: list[dict]) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows, features=FEATURES, info=info)
 
 
-def _read_json(path: Path, kind: type):
+def read_json(path: Path, kind: type):
+    """A JSON file whose top level is a `kind`, dict or list. Raises `BadRecord`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

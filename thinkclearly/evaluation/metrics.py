@@ -22,7 +22,10 @@ CLEAR_COUNTS = ("clear_both", "clear_predicted", "clear_true", "positions")
 
 
 def image_metrics(
-    prediction: np.ndarray | Image.Image, reference: np.ndarray | Image.Image, mask: np.ndarray | None = None
+    prediction: np.ndarray | Image.Image,
+    reference: np.ndarray | Image.Image,
+    mask: np.ndarray | None = None,
+    ssim: bool = True,
 ) -> dict[str, float | int | None]:
     """Compare two pictures, whole and, where there is a mask, inside and outside it.
 
@@ -41,10 +44,11 @@ def image_metrics(
     Args:
         prediction, reference: uint8 (H, W, C), or PIL pictures, which are compared as RGB.
         mask (`numpy.ndarray`, *optional*): bool (H, W), True where the picture was to be edited.
+        ssim (`bool`, defaults to `True`): whether to compute `ssim`, which takes nearly all of the time.
 
     Returns:
         `dict`: Python numbers; `None` for every number of an empty region, and for `ssim` of pictures with a side
-        under 11 or regions within the border.
+        under 11 or regions within the border, or where it was not asked for.
 
     Raises:
         ValueError: not uint8 (H, W, C), different shapes, or a mask that is not bool (H, W).
@@ -61,7 +65,8 @@ def image_metrics(
     difference = np.abs(prediction.astype(np.int16) - reference)
     largest = difference.max(-1)
     squares = np.square(difference, dtype=np.int32).sum(-1)
-    similarity, valid = _similarity_map(prediction, reference)
+    nowhere = np.zeros(squares.shape, bool)
+    similarity, valid = _similarity_map(prediction, reference) if ssim else (nowhere, nowhere)
     whole = np.ones(squares.shape, bool)
     regions = (whole,) if mask is None else (whole, mask, ~mask)
 

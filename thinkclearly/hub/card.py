@@ -12,6 +12,8 @@ import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from thinkclearly.data.prepare import Preparation
+from thinkclearly.evaluation.benchmark import SHARED_FOLDER
+from thinkclearly.evaluation.benchmark_report import eval_results
 
 CARD_FILE, RECIPE_FILE = "README.md", "recipe.yaml"
 TASK = "image-to-image"
@@ -37,7 +39,8 @@ def model_card(
     """The card of a fine-tune. A README.md that a user wrote keeps its text, and gets the metadata.
 
     Args:
-        run: the folder that training wrote: `recipe.yaml`, `all_results.json`, perhaps `metrics.json` and README.md.
+        run: the folder that training wrote: `recipe.yaml`, `all_results.json`, perhaps `metrics.json`, `benchmarks/` and
+            README.md.
         base_model: Hub id; None where the base has no page there.
         samples: pictures of the gallery, as paths inside the repository.
         license: `license`, and `license_name` and `license_link` where there are any.
@@ -46,8 +49,10 @@ def model_card(
     recipe = _read(run / RECIPE_FILE, yaml.safe_load)
     data = _data_name(recipe)
     metrics = read_metrics(run)
+    files = sorted((run / SHARED_FOLDER).glob("*.json"))
+    benchmarks = [result for path in files for result in eval_results(_read(path, json.loads))]
     metadata = ModelCardData(
-        model_name=repo_id.split("/")[-1] if metrics else None,
+        model_name=repo_id.split("/")[-1] if metrics or benchmarks else None,
         base_model=base_model,
         datasets=[data] if "/" in data else None,
         library_name="peft" if is_adapter else "transformers",
@@ -65,6 +70,7 @@ def model_card(
             )
             for name, value in metrics.items()
         ]
+        + benchmarks
         or None,
         **(license or {}),
     )

@@ -1,0 +1,277 @@
+"""Runs an editor over a benchmark of the field and measures it: `thinkclearly evaluate --benchmark NAME`.
+
+Edits and measurements are kept item by item, so that the same command goes on where it stopped. What is measured is
+`field`'s business, how it reads `benchmark_report`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+from accelerate import PartialState
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from thinkclearly.config import check_choice, is_local, option
+from thinkclearly.data.benchmarks import PIE_SIDE, SESSIONS_FILE, decode_mask, magicbrush_turns, pie_bench
+from thinkclearly.data.sources import BadRecord, read_example
+from thinkclearly.editing.batch import ITEMS, TABLE_FILE, edit_items
+from thinkclearly.editing.editor import Editor
+from thinkclearly.evaluation import field
+from thinkclearly.evaluation.benchmark_report import report
+from thinkclearly.evaluation.towers import Clip, Dino
+from thinkclearly.images import MASK_THRESHOLD, load_image
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("raw_model", "pixel_composite")
+# What the authors of each benchmark look with.
+CLIPS = {"magicbrush": "openai/clip-vit-base-patch32", "pie-bench": "openai/clip-vit-large-patch14"}
+DINOS = {"magicbrush": "facebook/dino-vits16", "pie-bench": "facebook/dino-vitb8"}
+MEASURED_FILE, RESULTS_FILE, REPORT_FILE, SHARED_FOLDER = "measured.jsonl", "results.json", "results.md", "benchmarks"
+
+
+@dataclass
+class BenchmarkArguments:
+    """A benchmark of the field, edited and measured."""
+
+    benchmark: str = option("magicbrush", "magicbrush or pie-bench.")
+    path: str | None = option(None, "Folder of the unpacked benchmark; magicbrush also: Hub id or Parquet file.")
+    split: str = option("dev", "magicbrush: split of a table; the test split is an archive, see docs/evaluation.md.")
+    output_dir: str = option("outputs/benchmark", "Where edits, measurements and results go.")
+    limit: int | None = option(None, "Only so many sessions or edits, the first ones: for a look, not for a result.")
+    batch_size: int = option(8, "Pictures that are edited at once, and items that are measured at once.")
+    seed: int = option(0, "Keys all noise.")
+    on_bad_record: str = option("error", "error stops at a bad item, skip leaves it out of the means and says so.")
+    clip: str | None = option(None, "Hub id or folder; the benchmark's own if not given, none to leave it out.")
+    dino: str | None = option(None, "Hub id or folder; the benchmark's own if not given, none to leave it out.")
+    lpips: bool = option(False, "pie-bench: LPIPS too; needs torchvision, which fetches SqueezeNet.")
+
+    def __post_init__(self):
+        check_choice("benchmark", self.benchmark, tuple(CLIPS))
+        check_choice("on_bad_record", self.on_bad_record, ("error", "skip"))
+        if self.benchmark == "pie-bench" and self.path is None:
+            raise ValueError("pie-bench needs --path: the folder with mapping_file.json and annotation_images")
+        for name in ("limit", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected 1 or more")
+        self.path = self.path or "osunlp/MagicBrush"
+        self.clip, self.dino = self.clip or CLIPS[self.benchmark], self.dino or DINOS[self.benchmark]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to be measured: where it counts, its name, and how its pictures are had."""
+
+    setting: str
+    key: str
+    load: Callable[[], field.Item]
+
+
+def run_benchmark(editor: Editor, arguments: BenchmarkArguments, model: dict, settings: dict) -> dict | None:
+    """Edits what is not yet edited, measures what is not yet measured, and writes results.json and results.md.
+
+    Every process of a launch edits its share; the first one measures. A whole benchmark's results are also written to
+    `benchmarks/` of the model's folder, where there is one, for its card.
+
+    Args:
+        model: what the edits depend on, e.g. `model`, `base` and `dtype`; kept with the results.
+        settings: fields of `EditSettings`.
+
+    Returns:
+        `dict`: the content of results.json; `None` in other processes than the first.
+
+    Raises:
+        BadRecord: an item that cannot be read, with `on_bad_record: error`.
+        ValueError: `output_dir` belongs to another run.
+    """
+    make_cases = {"magicbrush": _magicbrush, "pie-bench": _pie_bench}[arguments.benchmark]
+    names = ("benchmark", "path", "split", "seed")
+    run = model | {name: getattr(arguments, name) for name in names} | settings
+    cases, left_out, split = make_cases(editor, arguments, run, settings)
+    if not PartialState().is_main_process:
+        return None
+    towers = {"clip": arguments.clip, "dino": arguments.dino, "lpips": arguments.lpips}
+    measured = _measure(cases, Path(arguments.output_dir) / MEASURED_FILE, run | towers, arguments)
+    summaries: dict[str, dict[str, dict]] = {}
+    for setting in dict.fromkeys(case.setting for case in cases):
+        rows = [measured[case.setting, case.key] for case in cases if case.setting == setting]
+        summaries[setting] = {name: field.summarise([row[name] for row in rows]) for name in rows[0]}
+    results = {
+        "run": run | {"split": split, "limit": arguments.limit} | towers,
+        "left_out": left_out,
+        "results": summaries,
+    }
+    text = report(results)
+    results = _strict(results)
+    folders = [Path(arguments.output_dir)]
+    content = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    _replace(folders[0] / RESULTS_FILE, content)
+    _replace(folders[0] / REPORT_FILE, text)
+    shared = is_local(str(model["model"])) and arguments.limit is None and not left_out
+    if shared:
+        _replace(Path(model["model"]) / SHARED_FOLDER / f"{arguments.benchmark}.json", content)
+    logger.info("%s, %s\n\n%s", folders[0] / RESULTS_FILE, folders[0] / REPORT_FILE, text)
+    return results
+
+
+def _magicbrush(editor: Editor, arguments: BenchmarkArguments, run: dict, settings: dict):
+    """Cases of both settings, as the authors make them: every turn on its own source, and chains of our outputs.
+
+    A session's first turn is the same edit in both. Each method goes on from its own pictures.
+    """
+    rows = magicbrush_turns(arguments.path, arguments.split)
+    sessions: dict[str, list[int]] = {}
+    for i, session in enumerate(rows["session"]):
+        sessions.setdefault(session, []).append(i)
+    sessions = dict(list(sessions.items())[: arguments.limit])
+    chosen = [i for turns in sessions.values() for i in turns]
+    keys, words = rows["key"][:], rows["instruction"][:]
+    edit = partial(_edit, editor, arguments=arguments, run=run, settings=settings)
+
+    items = rows.select(chosen).rename_column("source", "image").select_columns(list(ITEMS))
+    single = edit(items, "single-turn")
+    cases = [
+        Case("single-turn", keys[i], partial(_turns, rows, [i], single[keys[i]])) for i in chosen if keys[i] in single
+    ]
+    reached = {}  # method → session → picture after the turns so far
+    for method in METHODS:
+        last = {s: single[keys[turns[0]]][method] for s, turns in sessions.items() if keys[turns[0]] in single}
+        for number in range(1, max(map(len, sessions.values()))):
+            due = {s: turns[number] for s, turns in sessions.items() if s in last and len(turns) > number}
+            if not due:
+                continue
+            items = {
+                "key": [keys[i] for i in due.values()],
+                "instruction": [words[i] for i in due.values()],
+                "image": [{"path": str(last[s]), "bytes": None} for s in due],
+            }
+            made = edit(Dataset.from_dict(items, features=ITEMS), f"multi-turn/{method}/turn-{number + 1}")
+            for session, i in due.items():
+                last.pop(session)
+                if keys[i] in made:
+                    last[session] = made[keys[i]][method]
+        reached[method] = last
+    for session, turns in sessions.items():
+        if all(session in reached[method] for method in METHODS):
+            predictions = {method: reached[method][session] for method in METHODS}
+            cases.append(Case("multi-turn", session, partial(_turns, rows, turns, predictions)))
+    archive = (Path(arguments.path) / SESSIONS_FILE).is_file()
+    split = Path(arguments.path).absolute().name if archive else arguments.split
+    return cases, len(chosen) + len(sessions) - len(cases), split
+
+
+def _turns(rows: Dataset, numbers: list[int], predictions: dict[str, Path]) -> field.Item:
+    """From the source of the first turn to the target of the last; the mask is the union of theirs."""
+    turns = [read_example(rows[i]) for i in numbers]
+    mask = None
+    if len({turn.mask and turn.mask.size for turn in turns}) == 1 and turns[0].mask is not None:
+        mask = np.any([np.asarray(turn.mask) > MASK_THRESHOLD for turn in turns], axis=0)
+    pictures = {method: load_image(path) for method, path in predictions.items()}
+    return field.Item(pictures, turns[0].source, rows[numbers[-1]]["caption"], turns[-1].target, mask)
+
+
+def _pie_bench(editor: Editor, arguments: BenchmarkArguments, run: dict, settings: dict):
+    rows = pie_bench(arguments.path)
+    rows = rows.select(range(min(len(rows), arguments.limit or len(rows))))
+    made = _edit(editor, rows, "edits", arguments=arguments, run=run, settings=settings)
+    cases = [
+        Case("background", key, partial(_pie_item, rows, i, made[key]))
+        for i, key in enumerate(rows["key"])
+        if key in made
+    ]
+    return cases, len(rows) - len(cases), "all"
+
+
+def _pie_item(rows: Dataset, i: int, predictions: dict[str, Path]) -> field.Item:
+    row = rows[i]
+    source = load_image(row["image"], row["key"])
+    if source.size != (PIE_SIDE, PIE_SIDE):
+        raise BadRecord(f"{row['key']}: {source.width}x{source.height}, but PIE-Bench's masks are for 512x512.")
+    pictures = {method: load_image(path) for method, path in predictions.items()}
+    return field.Item(pictures, source, row["caption"], mask=decode_mask(row["mask_runs"]))
+
+
+def _edit(
+    editor: Editor, items: Dataset, name: str, *, arguments: BenchmarkArguments, run: dict, settings: dict
+) -> dict[str, dict[str, Path]]:
+    """Key → method → picture, for what could be edited."""
+    folder = Path(arguments.output_dir) / name
+    options = {"batch_size": arguments.batch_size, "seed": arguments.seed, "on_bad_record": arguments.on_bad_record}
+    edit_items(editor, items, folder, run=run, **options, **settings)
+    table = pyarrow.parquet.read_table(folder / TABLE_FILE, columns=["key", *METHODS])
+    return {row["key"]: {method: folder / row[method] for method in METHODS} for row in table.to_pylist()}
+
+
+def _measure(cases: list[Case], path: Path, header: dict, arguments: BenchmarkArguments) -> dict[tuple, dict]:
+    """(setting, key) → row → column → number; kept line by line under a header that says what they depend on."""
+    measured = _read_measured(path, header)
+    lines = [header] + [{"setting": s, "key": k, "rows": rows} for (s, k), rows in measured.items()]
+    _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
+    todo = [case for case in cases if (case.setting, case.key) not in measured]
+    measure = _instrument(arguments) if todo else None
+    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(cases), desc="measure", unit="item") as bar:
+        bar.update(len(cases) - len(todo))
+        for start in range(0, len(todo), arguments.batch_size):
+            batch = todo[start : start + arguments.batch_size]
+            for case, rows in zip(batch, measure([case.load() for case in batch])):
+                measured[case.setting, case.key] = rows
+                file.write(json.dumps({"setting": case.setting, "key": case.key, "rows": rows}) + "\n")
+            file.flush()
+            bar.update(len(batch))
+    return measured
+
+
+def _read_measured(path: Path, header: dict) -> dict[tuple, dict]:
+    """What an earlier call measured under the same header; a line that was cut short is measured again."""
+    found: dict[tuple, dict] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    try:
+        if not lines or json.loads(lines[0]) != json.loads(json.dumps(header)):
+            return {}
+        for line in map(json.loads, lines[1:]):
+            found[line["setting"], line["key"]] = line["rows"]
+    except ValueError:
+        logger.warning("%s ends in the middle of a line; going on from there", path)
+    return found
+
+
+def _instrument(arguments: BenchmarkArguments) -> Callable[[list[field.Item]], list[dict]]:
+    device = PartialState().device
+    towers = {
+        name: None if (where := getattr(arguments, name)) == "none" else tower(where, device)
+        for name, tower in (("clip", Clip), ("dino", Dino))
+    }
+    if arguments.benchmark == "magicbrush":
+        return partial(field.magicbrush, **towers)
+    lpips = None
+    if arguments.lpips:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity  # imports torchvision
+
+        network = LearnedPerceptualImagePatchSimilarity(net_type="squeeze").to(device)
+
+        def lpips(prediction, reference):
+            return network(prediction.to(device), reference.to(device))
+
+    return partial(field.pie_bench, **towers, lpips=lpips)
+
+
+def _strict(value):
+    """JSON has no infinity: "inf", which `float` reads."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    return str(value) if value in (float("inf"), float("-inf")) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
