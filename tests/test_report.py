@@ -11,7 +11,7 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
-from thinkclearly.evaluation.curves import training_curves
+from thinkclearly.evaluation.curves import calibration_curve, training_curves
 from thinkclearly.evaluation.metrics import aggregate_image_metrics, clear_metrics, image_metrics
 from thinkclearly.evaluation.pictures import heat_map, mask_image, red_overlay, sheet
 from thinkclearly.evaluation.report import write_report
@@ -153,6 +153,17 @@ def test_curves_are_sorted_into_panels():
     assert "train loss" not in comments["Loss"]
     assert {"clear rate true", "clear rate predicted"} <= comments["CLEAR rate"]
     assert training_curves([{"step": 1, "learning_rate": 1.0}, {"loss": 1.0}]) == {}
+
+
+def test_calibration_curve_is_one_more_chart_of_the_report(tmp_path):
+    rng = np.random.default_rng(0)
+    gate = rng.normal(0, 3, 500), rng.random(500) < 0.5
+    svg = calibration_curve(*gate, ink="#abcdef")
+    assert svg == calibration_curve(*gate, ink="#abcdef") != calibration_curve(gate[0], ~gate[1], ink="#abcdef")
+    assert "#abcdef" in svg and calibration_curve(np.array([80.0, -80.0]), np.array([True, False]))  # saturated
+    with_gate = write_report(tmp_path, [], {}, [], "t", gate=gate).read_text()
+    without = write_report(tmp_path, [], {}, [], "t", gate=(gate[0][:0], gate[1][:0])).read_text()
+    assert "Calibration of the gate" in with_gate and "Calibration of the gate" not in without
 
 
 def test_curves_are_repeatable_and_take_the_ink():

@@ -15,6 +15,7 @@ from thinkclearly.config import RecipeParser, option
 from thinkclearly.data.shapes import Background, Scene, edit_scene, packaged_photos, random_scene
 from thinkclearly.data.sources import EditExample
 from thinkclearly.editing.editor import Editor
+from thinkclearly.evaluation.calibration import gate_metrics
 from thinkclearly.evaluation.edits import evaluate_edits
 from thinkclearly.evaluation.report import write_report
 from thinkclearly.images import load_image
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
             "pictures": held_out.pictures,
             "clear": held_out.clear,
             "done": held_out.done,
+            "gate": gate_metrics(held_out.log_odds, held_out.unchanged),
         },
         "photographs": {"pictures": at_full_size.pictures, "clear": at_full_size.clear, "done": at_full_size.done},
         "seconds": seconds,
@@ -102,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.state.log_history,
         "ThinkClearly demo",
         notes=_notes(held_out, seconds),
+        gate=(held_out.log_odds, held_out.unchanged),
     )
     logger.info("%s", summary(held_out))
     logger.info("%s: open report.html", output)
@@ -122,4 +125,12 @@ def summary(evaluation) -> str:
 def _notes(evaluation, seconds: dict) -> dict[str, str]:
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     done = ", ".join(f"{name} {share:.0%}" for name, share in evaluation.done.items())
-    return {"In short": summary(evaluation), "Edits done": done, "Machine": jobs.machine(), "Time": times}
+    gate = gate_metrics(evaluation.log_odds, evaluation.unchanged)
+    honest = f"AUC {gate['auc']:.4f}, expected calibration error {gate['ece']:.3f}"
+    return {
+        "In short": summary(evaluation),
+        "Edits done": done,
+        "Gate": honest,
+        "Machine": jobs.machine(),
+        "Time": times,
+    }

@@ -15,7 +15,8 @@ import torch
 from scipy.optimize import minimize
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
-from thinkclearly.editing.editor import Editor
+from thinkclearly.decoding.engine import PREFERENCES
+from thinkclearly.editing.editor import Editor, EditResult
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,14 @@ def gate_metrics(log_odds: np.ndarray, clear: np.ndarray) -> dict[str, float | N
         ranks = np.unique(log_odds, return_inverse=True)[1] / max(1, len(log_odds) - 1)
         auc = float(binary_auroc(torch.from_numpy(ranks), truth))
     return {"auc": auc, "ece": float(binary_calibration_error(probabilities, truth, n_bins=BINS, norm="l1"))}
+
+
+def calibrated_log_odds(result: EditResult) -> np.ndarray:
+    """Of an edit, whatever operating point it used: float64 (N,); NaN without a head and in joint guidance."""
+    settings = result.settings
+    if settings["guidance"] == "joint":
+        return np.full(len(result.gate), np.nan)
+    return result.gate.numpy().astype(np.float64) + PREFERENCES[settings["prefer"]] - settings["clear_bias"]
 
 
 def calibrate(editor: Editor, rows: Iterable[dict], batch_size: int = 16) -> dict[str, float]:

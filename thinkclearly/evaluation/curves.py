@@ -1,11 +1,13 @@
-"""Training curves from a Trainer's `log_history`, as SVG."""
+"""Curves as SVG: training from a Trainer's `log_history`, and how honest the gate is."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -42,16 +44,55 @@ def training_curves(log_history: Sequence[Mapping], ink: str = "#33363b") -> dic
     return charts
 
 
-def _draw(title: str, series: Mapping[str, Sequence[tuple[float, float]]], ink: str) -> str:
-    colours = {
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": ink,
-        "xtick.color": ink,
-        "ytick.color": ink,
-    }
-    with rc_context(colours | {"svg.hashsalt": title, "font.size": 9, "text.parse_math": False}):
+def calibration_curve(log_odds: np.ndarray, clear: np.ndarray, ink: str = "#33363b", bins: int = 10) -> str:
+    """Draw how often patches were CLEAR against how probable the gate called it, in bins of equal width.
+
+    Args:
+        log_odds: float (M,), calibrated log-odds of copying.
+        clear: bool (M,), whether CLEAR was true.
+        ink (`str`, *optional*): as in `training_curves`.
+
+    Returns:
+        `str`: a stand-alone SVG document. Below the curve, on a logarithmic scale, how many patches each bin has.
+    """
+    probability = 1 / (1 + np.exp(-np.clip(log_odds, -60, 60)))
+    which = np.minimum((probability * bins).astype(int), bins - 1)
+    counts = np.bincount(which, minlength=bins)
+    filled = counts > 0
+    mean, share = (np.bincount(which, v, bins)[filled] / counts[filled] for v in (probability, clear.astype(float)))
+    with _figure("calibration", ink) as (figure, buffer):
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        axes.plot((0, 1), (0, 1), color=ink, alpha=0.4, linewidth=1, label="honest")
+        axes.plot(mean, share, color=COLOURS[0], marker="o", markersize=3.5, linewidth=1.6, label="gate")
+        axes.set_ylabel("were CLEAR")
+        below.bar((np.arange(bins) + 0.5) / bins, counts, 0.9 / bins, color=COLOURS[0], log=True)
+        below.set_ylabel("patches")
+        below.set_xlabel("probability of CLEAR")
+        _finish(axes, "Calibration of the gate", ink)
+        below.spines[["top", "right"]].set_visible(False)
+    return buffer.getvalue()
+
+
+@contextmanager
+def _figure(salt: str, ink: str) -> Iterator[tuple[Figure, io.StringIO]]:
+    """A figure in the colours of the page, written into the buffer when done."""
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    buffer = io.StringIO()
+    with rc_context(dict.fromkeys(names, ink) | {"svg.hashsalt": salt, "font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        yield figure, buffer
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+
+
+def _finish(axes, title: str, ink: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axes.grid(color=ink, alpha=0.15, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw(title: str, series: Mapping[str, Sequence[tuple[float, float]]], ink: str) -> str:
+    with _figure(title, ink) as (figure, buffer):
         axes = figure.add_subplot()
         bases = sorted({name.removeprefix("eval_") for name in series})
         for name in sorted(series, key=lambda name: (name.removeprefix("eval_"), name.startswith("eval_"))):
@@ -61,11 +102,6 @@ def _draw(title: str, series: Mapping[str, Sequence[tuple[float, float]]], ink: 
             if len(points) == 1:
                 style["marker"] = "o"
             axes.plot(*zip(*points), color=colour, linewidth=1.6, label=name.replace("_", " "), **style)
-        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
         axes.set_xlabel("step")
-        axes.grid(color=ink, alpha=0.15, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        _finish(axes, title, ink)
     return buffer.getvalue()

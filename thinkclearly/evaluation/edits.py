@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from thinkclearly.data.sources import EditExample
+from thinkclearly.evaluation.calibration import calibrated_log_odds
 from thinkclearly.evaluation.metrics import (
     aggregate_clear_metrics,
     aggregate_image_metrics,
@@ -31,6 +32,8 @@ class Evaluation:
             `_inside` against the target, plain numbers against the source.
         clear: "labels" and, with masks, "mask" → aggregated `clear_metrics` of the model's own decisions.
         done: row → share of edits that were done, where a judge was given.
+        log_odds: float (edits·N,), calibrated log-odds of copying; empty where there is no gate to speak of.
+        unchanged: bool (edits·N,), whether CLEAR was true there, by pixels.
         reports: one dict an edit for `write_report`, of the first `keep` edits.
         results: the `EditResult`s of the same edits.
     """
@@ -38,6 +41,8 @@ class Evaluation:
     pictures: dict[str, dict]
     clear: dict[str, dict]
     done: dict[str, float]
+    log_odds: np.ndarray
+    unchanged: np.ndarray
     reports: list[dict]
     results: list
 
@@ -67,6 +72,7 @@ def evaluate_edits(
     images: dict[str, list[dict]] = {}
     clears: dict[str, list[dict]] = {"labels": []}
     done: dict[str, list[bool]] = {}
+    log_odds, unchanged = [], []
     reports: list[dict] = []
     kept: list = []
     with tqdm(total=total, desc="edit", unit="picture") as bar:
@@ -87,7 +93,9 @@ def evaluate_edits(
                     if judge is not None:
                         done.setdefault(name, []).append(judge(example.key, picture))
                 chosen = editor.model.vocabulary.is_instruction(result.ids).numpy()
-                clears["labels"].append(clear_metrics(chosen, _unchanged(example, editor, pixel_tolerance)))
+                unchanged.append(_unchanged(example, editor, pixel_tolerance))
+                log_odds.append(calibrated_log_odds(result))
+                clears["labels"].append(clear_metrics(chosen, unchanged[-1]))
                 if mask is not None:
                     box = Letterbox(*example.source.size, editor.processor.image_size)
                     touched = box.fit_mask(example.mask, editor.processor.grid).ravel()
@@ -100,9 +108,16 @@ def evaluate_edits(
         {name: aggregate_image_metrics(rows) for name, rows in images.items()},
         {name: aggregate_clear_metrics(rows) for name, rows in clears.items()},
         {name: float(np.mean(values)) for name, values in done.items()},
+        *_with_gate(log_odds, unchanged),
         reports,
         kept,
     )
+
+
+def _with_gate(log_odds: list[np.ndarray], unchanged: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """As flat arrays, without the positions that have no log-odds."""
+    gate, truth = np.concatenate(log_odds), np.concatenate(unchanged)
+    return gate[np.isfinite(gate)], truth[np.isfinite(gate)]
 
 
 def _batches(examples: Iterable[EditExample], size: int):

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from thinkclearly.evaluation.curves import training_curves
+from thinkclearly.evaluation.curves import calibration_curve, training_curves
 from thinkclearly.evaluation.metrics import image_metrics
 from thinkclearly.evaluation.pictures import HEAT_COLOURS, heat_map, mask_image, red_overlay
 from thinkclearly.evaluation.tables import format_number, tables
 
+DARK_INK = "#c3c8cf"
 THUMBNAIL = 512  # pixels; larger pictures are shrunk to this for the report
 
 STYLE = """
@@ -72,6 +73,7 @@ def write_report(
     curves: Sequence[Mapping],
     title: str,
     notes: Mapping[str, str] | None = None,
+    gate: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Path:
     """Write `report.html`: self-contained, readable in light and dark, from phone to wide screen.
 
@@ -86,6 +88,7 @@ def write_report(
         curves: a Trainer's `log_history`; may be empty. See `training_curves`.
         title (`str`): heading of the page.
         notes (`Mapping[str, str]`, *optional*): settings, machine, date…, shown as a list under the title.
+        gate (*optional*): calibrated log-odds float (M,) and truth bool (M,), for the calibration curve.
 
     Returns:
         `Path`: of the file. It is written beside itself and renamed, so a reader never sees half a report.
@@ -107,9 +110,9 @@ def write_report(
             "nothing: numbers against the source flatter it, so read them beside those against the target or the "
             "edit itself.</p>"
         )
-    charts = _curves(curves)
+    charts = _curves(curves, gate)
     if charts:
-        body.append(f'<h2>Training</h2><div class="curves">{charts}</div>')
+        body.append(f'<h2>Curves</h2><div class="curves">{charts}</div>')
     if rows:
         body.append("<h2>Edits</h2>" + _scale() + "".join(_edit(row) for row in rows))
     page = (
@@ -151,11 +154,14 @@ def _tables(heading: str, rows: Mapping[str, Mapping]) -> str:
     return "".join(blocks)
 
 
-def _curves(log_history: Sequence[Mapping]) -> str:
-    light, dark = training_curves(log_history), training_curves(log_history, ink="#c3c8cf")
+def _curves(curves: Sequence[Mapping], gate: tuple[np.ndarray, np.ndarray] | None) -> str:
+    light, dark = training_curves(curves), training_curves(curves, ink=DARK_INK)
+    if gate is not None and len(gate[0]):
+        name = "Calibration of the gate"
+        light, dark = light | {name: calibration_curve(*gate)}, dark | {name: calibration_curve(*gate, ink=DARK_INK)}
     return "".join(
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_svg_uri(dark[title])}">'
-        f'<img src="{_svg_uri(svg)}" alt="{escape(title)} over training steps"></picture>'
+        f'<img src="{_svg_uri(svg)}" alt="{escape(title)}"></picture>'
         for title, svg in light.items()
     )
 
