@@ -3,6 +3,7 @@
 import ast
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from argparse import SUPPRESS
@@ -20,6 +21,8 @@ from thinkclearly.config import ClearTrainingArguments, RecipeParser
 from thinkclearly.data.jsonl import read_jsonl
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.data.sources import EditExample, write_folder
+from thinkclearly.models.backbone import TINY
+from thinkclearly.models.clear_head import CONFIG_FILE
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "edit")
@@ -289,6 +292,21 @@ def test_prepare_writes_statistics_examples_and_records(base, samples, tmp_path,
 def test_prepare_that_leaves_nothing_to_train_on(base, samples, capsys, caplog):
     message = fails(capsys, caplog, "prepare", "--base_model", base, *samples)
     assert message == "ValueError: eval_samples=50 of 4 records leaves none to train on; lower it or add data"
+
+
+def test_calibrate_writes_what_it_found_beside_the_weights(tmp_path, capsys, caplog):
+    model = tmp_path / "model"
+    shutil.copytree(TINY.parent / "tiny_clear", model)
+    content = json.loads((model / CONFIG_FILE).read_text())
+    (model / CONFIG_FILE).write_text(json.dumps(content | {"gate_bias": 3.0, "gate_temperature": 0.5}))
+    data = ["--limit", 4, "--eval_samples", 6, "--prepared_dir", tmp_path / "prepared"]
+    assert thinkclearly("calibrate", "--model", model, *data) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    found = json.loads((model / CONFIG_FILE).read_text())
+    assert found["gate_temperature"] == pytest.approx(float(printed["gate_temperature"]), rel=1e-3) != 0.5
+    assert found | {"gate_bias": 0, "gate_temperature": 0} == content | {"gate_bias": 0, "gate_temperature": 0}
+    message = fails(capsys, caplog, "calibrate", "--model", model, "--eval_samples", 0, *data[:2], *data[4:])
+    assert "no held-out records with pictures" in message
 
 
 # ---- recipes and scripts -----------------------------------------------------------------------------------------

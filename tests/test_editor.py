@@ -266,3 +266,42 @@ def test_answers_can_be_drawn(base_editor, pictures):
         base_editor.describe(pictures[0], "What is it?", num_answers=3)
     with pytest.raises(ValueError, match="top_p=2"):
         base_editor.describe(pictures[0], "What is it?", temperature=1.0, top_p=2)
+
+
+@pytest.fixture
+def widths(editor):
+    """Rows of the batch in each pass of the language model."""
+    found = []
+    hook = editor.model.base.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: found.append(kwargs["inputs_embeds"].shape[0]), with_kwargs=True
+    )
+    yield found
+    hook.remove()
+
+
+def test_a_prompt_is_read_once_for_all_its_samples(editor, pictures, bias, widths):
+    editor.edit_many(pictures[:2], INSTRUCTIONS[:2], num_images=4, clear_bias=bias)
+    assert widths[:2] == [2 * 3, 2 * 3 * 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [({}, 3), ({"cfg_weight2": 0.0}, 2), ({"cfg_weight2": 0.0, "cfg_weight": 1.0}, 1), ({"use_cfg": False}, 1)],
+    ids=str,
+)
+def test_guidance_rows_without_weight_are_not_decoded(editor, pictures, bias, widths, settings, rows):
+    editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias, **settings)
+    assert set(widths) == {rows}
+
+
+def test_finished_pictures_leave_the_batch(editor, pictures, widths):
+    """All CLEAR is done after a few passes; the others go on without it."""
+    gates = [editor.edit(picture, "Night.", clear_bias=1e4, temperature=0).gate for picture in pictures]
+    lowest = sorted(gate.min().item() for gate in gates)
+    widths.clear()
+    bias = 1e4 - (lowest[-1] + lowest[-2]) / 2  # copies the whole of one picture only
+    results = editor.edit_many(pictures, ["Night."] * 3, clear_bias=bias, temperature=0)
+    assert sorted(r.clear_fraction == 1 for r in results) == [False, False, True]
+    assert widths[0] == 9 and widths[-1] < 9
+    alone = [editor.edit(picture, "Night.", clear_bias=bias, temperature=0) for picture in pictures]
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(alone, results))

@@ -49,7 +49,7 @@ class BlockCache(Cache):
         return (seen | (keys == columns.unsqueeze(-1))).unsqueeze(1)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Forgets all rows but these, bool (R,)."""
+        """Goes on with these rows, in this order: bool (R,) or long, where a row may come several times."""
         self.visible = self.visible[rows]
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]

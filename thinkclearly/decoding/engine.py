@@ -103,21 +103,23 @@ def decode(
     *,
     source_tokens: torch.Tensor | None = None,
     samples: list[tuple[int, int]],
+    per_prompt: int = 1,
     on_step: Callable[[int], None] | None = None,
     keep_logits: bool = False,
 ) -> Decoded:
-    """Decodes S samples of R guidance rows each.
+    """Decodes S samples of P prompts with R guidance rows each.
 
     Args:
-        embeds: (S·R, L, H), the rows of a sample next to each other: full, part, uncond.
-        attention_mask: long (S·R, L), 0 on left padding.
+        embeds: (P·R, L, H), the rows of a prompt next to each other: full, part, uncond.
+        attention_mask: long (P·R, L), 0 on left padding.
         source_tokens: long (S, N), the draft; needed where the model may copy. Without it instructions are never
             chosen.
-        samples: (seed, sample number) of each sample, which key its noise.
+        samples: (seed, sample number) of each sample, which key its noise; those of a prompt next to each other.
+        per_prompt: S / P, samples of each prompt. They have one source, and the prompt is read once for all of them.
         on_step: called with the number of positions done after each pass.
     """
     language_model = model.base.model.language_model
-    count, rows = len(samples), embeds.shape[0] // len(samples)
+    count, rows = len(samples), embeds.shape[0] * per_prompt // len(samples)
     device, last = embeds.device, embeds.shape[1] - 1
     longest = min(settings.block or MAX_BLOCK, num_tokens)
     room = num_tokens + longest  # a block may reach beyond the end
@@ -143,8 +145,8 @@ def decode(
         if accepted:
             fed, columns = tokens[live, index - 1], index + last
         else:  # the prompt with the first block
-            fed = draft[:, :-1]
-            columns = torch.arange(last + length, device=device).expand(count, -1)
+            fed = draft[::per_prompt, :-1]
+            columns = torch.arange(last + length, device=device).expand(count // per_prompt, -1)
         fed = token_embeddings(model.base, fed.repeat_interleave(rows, dim=0)).to(embeds.dtype)
         columns = columns.repeat_interleave(rows, dim=0)
         with masked_attention(language_model):
@@ -155,6 +157,11 @@ def decode(
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, -length:]
+        if not accepted and per_prompt > 1:
+            spread = torch.arange(embeds.shape[0], device=device).view(-1, rows)
+            spread = spread.repeat_interleave(per_prompt, dim=0).flatten()
+            cache.keep(spread)
+            places, hidden = places[spread], hidden[spread]
         for buffer, value in zip((ids, tokens, codes, gate, kept), choose(hidden, live, index)):
             if buffer is not None:
                 buffer[live, index] = value

@@ -203,14 +203,13 @@ class Editor:
         clock.lap("encode")
 
         conditions = _conditions(settings)
-        picture = torch.arange(len(images), device=self.model.device).repeat_interleave(num_images * len(conditions))
-        samples = [(seed, k) for _ in images for k in range(num_images)]
-        owner = [i for i in range(len(images)) for _ in range(num_images)]
+        picture = torch.arange(len(images), device=self.model.device).repeat_interleave(len(conditions))
         prompt = self.processor.edit_rows(
-            [instructions[i] for i in owner for _ in conditions], conditions * len(owner)
+            [instruction for instruction in instructions for _ in conditions], conditions * len(images)
         ).to(self.model.device)
         embeds = embed_prompt(self.model.base, prompt, features[picture], source_tokens[picture])
-        row_tokens = source_tokens[torch.tensor(owner, device=self.model.device)]
+        owner = [i for i in range(len(images)) for _ in range(num_images)]
+        samples = [(seed, k) for _ in images for k in range(num_images)]
         n = self.processor.num_image_tokens
         decoded = decode(
             self.model,
@@ -218,8 +217,9 @@ class Editor:
             prompt.attention_mask,
             n,
             settings,
-            source_tokens=row_tokens,
+            source_tokens=source_tokens.repeat_interleave(num_images, dim=0),
             samples=samples,
+            per_prompt=num_images,
             on_step=None if progress is None else lambda done: progress(done, n),
         )
         clock.lap("decode")
@@ -280,8 +280,7 @@ class Editor:
         settings = _override(self.settings, overrides)
         _check_count("num_images", num_images)
         conditions = _conditions(replace(settings, cfg_weight2=0.0))  # there is no picture to leave out
-        rows = self.processor.generate_rows([prompt] * num_images * len(conditions), conditions * num_images)
-        rows = rows.to(self.model.device)
+        rows = self.processor.generate_rows([prompt] * len(conditions), conditions).to(self.model.device)
         n = self.processor.num_image_tokens
         decoded = decode(
             self.model,
@@ -290,6 +289,7 @@ class Editor:
             n,
             settings,
             samples=[(seed, k) for k in range(num_images)],
+            per_prompt=num_images,
             on_step=None if progress is None else lambda done: progress(done, n),
         )
         return _to_images(self.model, decoded.tokens)

@@ -144,9 +144,7 @@ class ClearEditModel(nn.Module):
         tensors = {name: t.detach().float().cpu().contiguous() for name, t in parts["clear_head"].items()}
         save_file(tensors, directory / (HEAD_FILE + ".tmp"), metadata={"format": "pt"})
         os.replace(directory / (HEAD_FILE + ".tmp"), directory / HEAD_FILE)
-        text = json.dumps(asdict(self.clear_config), indent=2) + "\n"
-        (directory / (CONFIG_FILE + ".tmp")).write_text(text)
-        os.replace(directory / (CONFIG_FILE + ".tmp"), directory / CONFIG_FILE)
+        write_clear_config(self.clear_config, directory)
 
     def load_head(self, directory: str | Path) -> None:
         """Reads the CLEAR head's weights; a missing file or another shape is an error."""
@@ -174,6 +172,13 @@ class ClearEditModel(nn.Module):
 
 def _below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def write_clear_config(config: ClearConfig, directory: str | Path) -> None:
+    """Writes `clear_config.json`, whole or not at all."""
+    temporary = Path(directory) / (CONFIG_FILE + ".tmp")
+    temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
+    os.replace(temporary, Path(directory) / CONFIG_FILE)
 
 
 def read_clear_config(directory: str | Path) -> ClearConfig:
