@@ -6,6 +6,7 @@ import inspect
 import logging
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,11 +21,13 @@ from thinkclearly.data.jsonl import write_jsonl
 from thinkclearly.data.sources import read_example, write_folder
 from thinkclearly.editing.batch import edit_items, read_items
 from thinkclearly.editing.editor import Editor
+from thinkclearly.evaluation.benchmark import BenchmarkArguments, run_benchmark
+from thinkclearly.evaluation.calibration import calibrate as fit_editor
 from thinkclearly.evaluation.folder import evaluate_folder
 from thinkclearly.hub import publish
-from thinkclearly.models.backbone import load_backbone
+from thinkclearly.models.backbone import Backbone, load_backbone
 from thinkclearly.models.checkpoint import export_deepseek
-from thinkclearly.models.clear_head import CONFIG_FILE
+from thinkclearly.models.clear_head import CONFIG_FILE, write_clear_config
 from thinkclearly.models.original_finetune import is_original_finetune
 from thinkclearly.training.adapters import load_base, load_clear_model, resolve
 
@@ -106,6 +109,13 @@ class PrepareArguments:
 
 
 @dataclass
+class CalibrateArguments(LoadArguments):
+    """A fine-tune whose gate is fitted to held-out records."""
+
+    batch_size: int = option(16, "Pictures that are edited at once.")
+
+
+@dataclass
 class PushArguments:
     """A repository on the Hub: a fine-tune, its merged weights, or tokenized data."""
 
@@ -177,7 +187,7 @@ def edit(argv: list[str] | None = None) -> None:
     arguments, overrides = RecipeParser([EditArguments, jobs.SettingOverrides], prog="thinkclearly edit").parse(argv)
     if arguments.input is not None:
         return _edit_many(arguments, jobs.given(overrides))
-    editor = _load(arguments, load_clear_model)
+    editor = _load(arguments, _load_finetune)
     with _Bar("decode") as bar:
         results = editor.edit(
             arguments.image,
@@ -198,7 +208,7 @@ def _edit_many(arguments: EditArguments, settings: dict) -> None:
         items, skipped = read_items(arguments.input, arguments.instruction, arguments.split, arguments.on_bad_record)
     names = ("input", "split", "model", "base", "dtype", "seed", "num_images")
     report = edit_items(
-        _load(arguments, load_clear_model),
+        _load(arguments, _load_finetune),
         items,
         arguments.output_dir,
         run={name: getattr(arguments, name) for name in names} | settings,
@@ -244,12 +254,38 @@ def describe(argv: list[str] | None = None) -> None:
 
 
 def evaluate(argv: list[str] | None = None) -> None:
-    """Measure saved edits: `thinkclearly evaluate DIR`, one result folder or a folder of them."""
+    """Measure saved edits, `thinkclearly evaluate DIR`, or run a benchmark, `evaluate --benchmark magicbrush …`."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--benchmark"] or argv[:1] and argv[0].endswith((".yaml", ".yml")):
+        options = [LoadArguments, BenchmarkArguments, jobs.SettingOverrides]
+        model, arguments, overrides = RecipeParser(options, prog="thinkclearly evaluate").parse(argv)
+        names = {name: getattr(model, name) for name in ("model", "base", "dtype")}
+        run_benchmark(_load(model, _load_finetune), arguments, names, jobs.given(overrides))
+        return
     if len(argv) != 1 or argv[0].startswith("-"):
-        sys.stdout.write("usage: thinkclearly evaluate DIR\n\n" + inspect.getdoc(evaluate_folder) + "\n")
+        usage = (
+            "usage: thinkclearly evaluate DIR\n       thinkclearly evaluate --benchmark NAME [--help] [--key value …]"
+        )
+        sys.stdout.write(usage + "\n\n" + inspect.getdoc(evaluate_folder) + "\n")
         raise SystemExit(0 if argv in (["-h"], ["--help"]) else 2)
     evaluate_folder(argv[0])
+
+
+def calibrate(argv: list[str] | None = None) -> None:
+    """Fit the gate of a fine-tune to the recipe's held-out records; stored in its folder (train does it by itself)."""
+    parser = RecipeParser(
+        [CalibrateArguments, DataArguments], skipped=jobs.TRAIN_OPTIONS, prog="thinkclearly calibrate"
+    )
+    arguments, data = parser.parse(argv)
+    if not (Path(arguments.model) / CONFIG_FILE).is_file():
+        raise ValueError(f"model={arguments.model!r} is no folder with a {CONFIG_FILE}; calibrate where you can write")
+    editor = _load(arguments, _load_finetune)
+    rows = jobs.build_data(data, Backbone(editor.model.base, editor.processor)).test
+    if rows is None or "source" not in rows.column_names:
+        raise ValueError(f"eval_samples={data.eval_samples}, source={data.source}: no held-out records with pictures")
+    found = fit_editor(editor, rows, arguments.batch_size)
+    write_clear_config(editor.model.clear_config, arguments.model)
+    sys.stdout.write("".join(f"{name} {value:.4g}\n" for name, value in found.items() if value is not None))
 
 
 def convert(argv: list[str] | None = None) -> None:
@@ -286,7 +322,17 @@ def demo(argv: list[str] | None = None) -> None:
     main(argv)
 
 
-JOBS = {job.__name__: job for job in (prepare, train, edit, generate, describe, evaluate, convert, push, demo)}
+def bench(argv: list[str] | None = None) -> None:
+    """Time the decoder against the seeds' loop and transformers' own; JSON and Markdown."""
+    from thinkclearly.bench.run import main
+
+    main(argv)
+
+
+JOBS = {
+    job.__name__: job
+    for job in (prepare, train, calibrate, edit, generate, describe, evaluate, convert, push, bench, demo)
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -332,12 +378,15 @@ def _load(arguments: LoadArguments, load) -> Editor:
     return Editor(*load(arguments.model, **options))
 
 
+_load_finetune = partial(load_clear_model, merge=True)
+
+
 def _load_any(name_or_path: str, **options):
     """A base model where there are only its own files, else a fine-tune."""
     directory = None if name_or_path == "tiny" else resolve(name_or_path)
     finetuned = directory and ((directory / CONFIG_FILE).is_file() or is_original_finetune(directory))
     if finetuned or (directory and not (directory / "config.json").is_file()):
-        return load_clear_model(name_or_path, **options)
+        return _load_finetune(name_or_path, **options)
     if "base" in options:
         raise ValueError(f"{name_or_path} is a base model, not a fine-tune; leave out base={options['base']}")
     return load_base(name_or_path, **options)

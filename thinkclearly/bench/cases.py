@@ -1,0 +1,224 @@
+"""What is timed: one edit or one drawn picture by each decoder, and how cost grows.
+
+Every row of a table is a function without arguments that does the same work and returns a `Run`. Knows nothing of
+files or of how a table is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import mean
+
+import torch
+from PIL import Image
+from torch.profiler import ProfilerActivity, profile
+
+from thinkclearly.bench.loops import seeds_loop, transformers_generate
+from thinkclearly.bench.measure import Run, now
+from thinkclearly.bench.scripted import SHARES, SMALL_TOWERS, ScriptedModel, changed_patches, random_model
+from thinkclearly.decoding.engine import DecodeSettings, decode
+from thinkclearly.editing.composite import composite
+from thinkclearly.editing.editor import Editor
+from thinkclearly.images import Letterbox, load_image, to_image
+from thinkclearly.models.backbone import decode_tokens, embed_prompt, encode_tokens, image_features
+from thinkclearly.models.prompt import FULL, PART, UNCOND
+
+SEEDS, TRANSFORMERS = "the seeds' loop", "transformers' generate"
+SEQUENTIAL, DRAFT, ADAPTIVE = "ours, one by one", "ours, source draft alone", "ours, adaptive block"
+LONG = 64
+BLOCKS = {SEQUENTIAL: 1, f"ours, block {LONG}": LONG, ADAPTIVE: 0}
+
+# Width and depth matter to the clock alone: passes are counted on a model that is small enough for many seeds.
+COUNTING = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+LEVELS = (0.5, 1.0, 4.0)  # standard deviations of the codes' logits, from predictable to not
+
+
+def sampling(editor: Editor) -> dict:
+    """The editor's own guidance and temperature, for the loops that it is compared with."""
+    return {name: getattr(editor.settings, name) for name in ("cfg_weight", "cfg_weight2", "temperature")}
+
+
+def seeds_edit(editor: Editor, picture: Image.Image, instruction: str) -> Run:
+    """From picture to composite with the seeds' loop in the middle and our own functions around it."""
+    model, processor, device = editor.model, editor.processor, editor.model.device
+    start = now(device)
+    source = load_image(picture)
+    box = Letterbox(*source.size, processor.image_size)
+    with torch.inference_mode():
+        pixels = processor.pixel_values([box.fit(source)]).to(device)
+        source_tokens, features = encode_tokens(model.base, pixels), image_features(model.base, pixels)
+        encoded = now(device)
+        rows = processor.edit_rows([instruction] * 3, [FULL, PART, UNCOND]).to(device)
+        embeds = embed_prompt(model.base, rows, features.expand(3, -1, -1), source_tokens.expand(3, -1))
+        n = processor.num_image_tokens
+        ids, tokens = seeds_loop(model, embeds, n, source_tokens=source_tokens[0], **sampling(editor))
+        decoded = now(device)
+        tokens = torch.stack([torch.tensor(tokens, device=device), source_tokens[0]])
+        edited, _ = (box.unfit(to_image(picture)) for picture in decode_tokens(model.base, tokens).cpu())
+    clear = model.vocabulary.is_instruction(torch.tensor(ids)).view(processor.grid, -1).numpy()
+    composite(source, edited, clear, box, editor.settings.feather_radius_px, editor.settings.feather)
+    return Run(now(device) - start, decoded - encoded, n)
+
+
+def edit_rows(editor: Editor, edits: list[tuple[Image.Image, str]]) -> dict[str, Callable[[], Run]]:
+    """The given edits, one after the other: by the seeds' loop, and by ours for each of `BLOCKS`."""
+
+    def ours(block: int) -> Run:
+        start = now(editor.model.device)
+        results = [editor.edit(picture, words, block=block) for picture, words in edits]
+        seconds = now(editor.model.device) - start
+        return Run(seconds, sum(r.seconds["decode"] for r in results), mean(r.passes for r in results))
+
+    def theirs() -> Run:
+        runs = [seeds_edit(editor, picture, words) for picture, words in edits]
+        return Run(sum(r.seconds for r in runs), sum(r.decode for r in runs), mean(r.passes for r in runs))
+
+    return {SEEDS: theirs} | {name: lambda block=block: ours(block) for name, block in BLOCKS.items()}
+
+
+def script_edit(editor: Editor, instruction: str, share: float) -> None:
+    """Has a model of random weights change `share` of the patches, whatever picture comes with the instruction."""
+    start = len(editor.processor.edit_ids(instruction)) - 1
+    editor.model.script(changed_patches(share, editor.processor.grid), start)
+
+
+def scripted_rows(editor: Editor, edit: tuple[Image.Image, str], shares=SHARES) -> dict[str, Callable[[], Run]]:
+    """One edit by a model of random weights: as `edit_rows`, the adaptive block for each share of changed patches."""
+    rows = edit_rows(editor, [edit])
+
+    def scripted(row, share: float) -> Callable[[], Run]:
+        def run() -> Run:
+            script_edit(editor, edit[1], share)
+            return row()
+
+        return run
+
+    fixed = {name: scripted(row, 0.15) for name, row in rows.items() if name != ADAPTIVE}
+    return fixed | {f"{ADAPTIVE}, {share:.0%} changed": scripted(rows[ADAPTIVE], share) for share in shares}
+
+
+def draw_rows(editor: Editor, prompts: list[str]) -> dict[str, Callable[[], Run]]:
+    """Text-to-image, tokens only: by the seeds' loop, transformers, and ours for each of `BLOCKS`."""
+    model, processor, n = editor.model, editor.processor, editor.processor.num_image_tokens
+    if isinstance(model, ScriptedModel):
+        model.script(torch.ones(1, dtype=torch.bool), 0)  # everything is painted
+    weights = {name: value for name, value in sampling(editor).items() if name != "cfg_weight2"}
+
+    def rows_of(prompt: str):
+        rows = processor.generate_rows([prompt] * 2, [FULL, UNCOND]).to(model.device)
+        with torch.inference_mode():
+            return rows.attention_mask, embed_prompt(model.base, rows)
+
+    def timed(draw: Callable[[str], int]) -> Callable[[], Run]:
+        def run() -> Run:
+            start = now(model.device)
+            passes = mean(draw(prompt) for prompt in prompts)
+            seconds = now(model.device) - start
+            return Run(seconds, seconds, passes)
+
+        return run
+
+    def ours(block: int):
+        settings = DecodeSettings(block=block, **weights)
+
+        def draw(prompt: str) -> int:
+            mask, embeds = rows_of(prompt)
+            return decode(model, embeds, mask, n, settings, samples=[(0, 0)]).passes
+
+        return timed(draw)
+
+    return {
+        SEEDS: timed(lambda prompt: len(seeds_loop(model, rows_of(prompt)[1], n, **weights)[0])),
+        TRANSFORMERS: timed(lambda prompt: len(transformers_generate(model.base, processor, prompt, **weights))),
+    } | {name: ours(block) for name, block in BLOCKS.items()}
+
+
+def batch_rows(editor: Editor, edits: list[tuple[Image.Image, str]], sizes) -> dict[str, Callable[[], Run]]:
+    """Ours for batches of the first `size` edits; seconds are of the whole batch."""
+
+    def run(size: int) -> Run:
+        start = now(editor.model.device)
+        pictures, words = zip(*edits[:size])
+        results = editor.edit_many(list(pictures), list(words))
+        return Run(now(editor.model.device) - start, results[0].seconds["decode"], results[0].passes)
+
+    return {str(size): lambda size=size: run(size) for size in sizes}
+
+
+def draft_passes(tokens: torch.Tensor, source_tokens: torch.Tensor) -> int:
+    """Passes that the source's tokens (N,) need as the only draft of `tokens` (N,), however long a block may be.
+
+    A pass ends with the first token that is not the source's, which it has computed; the last one may end with none.
+    """
+    wrong = tokens != source_tokens
+    return int(wrong.sum()) + int(not wrong[-1])
+
+
+def acceptance(editor: Editor, edits: list[tuple[Image.Image, str]]) -> list[dict]:
+    """What the model's own gate gives: per edit the shares that changed, and passes by each decoder."""
+    rows = []
+    for picture, words in edits:
+        result = editor.edit(picture, words)
+        rows.append(
+            {
+                "painted": 1 - float(editor.model.vocabulary.is_instruction(result.ids).float().mean()),
+                "changed": float((result.tokens != result.source_tokens).float().mean()),
+                "draft_passes": draft_passes(result.tokens, result.source_tokens),
+                "passes": result.passes,
+            }
+        )
+    return rows
+
+
+def count_passes(seeds: int, tick: Callable[[], None], grid: int = 24, levels=LEVELS, blocks=(0, LONG)) -> list[dict]:
+    """Passes by a scripted mask of one blob, for each level of predictability, block and share, over many seeds.
+
+    Each entry also has what the same model takes to draw all positions, by which a level can be placed.
+    """
+    model, _ = random_model(COUNTING, grid=grid, codes=1024, towers=SMALL_TOWERS)
+    generator, n, start = torch.Generator().manual_seed(0), grid**2, 7
+    embeds = torch.randn(3, start + 1, model.config.text_config.hidden_size, generator=generator)
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+    entries = []
+    for level in levels:
+        model.scale = level
+        for block in blocks:
+            settings = DecodeSettings(block=block)
+            model.script(torch.ones(1, dtype=torch.bool), 0)
+            drawn = [
+                decode(model, embeds[::2], mask[::2], n, settings, samples=[(seed, 0)]).passes
+                for seed in range(min(seeds, 3))
+            ]
+            entry = {"level": level, "block": block, "draw": mean(drawn), "shares": {}}
+            for share in SHARES:
+                passes = []
+                for seed in range(seeds if share <= 0.15 else -(-seeds // 5)):
+                    model.script(changed_patches(share, grid, seed=seed), start)
+                    source = torch.randint(0, 1024, (1, n), generator=generator)
+                    decoded = decode(model, embeds, mask, n, settings, source_tokens=source, samples=[(seed, 0)])
+                    passes.append(decoded.passes)
+                entry["shares"][f"{share:.0%}"] = passes
+                tick()
+            entries.append(entry)
+    return entries
+
+
+def where_time_goes(editor: Editor, edit: tuple[Image.Image, str], top: int = 8) -> dict:
+    """Stages of one edit, its first pass against the others, and the operators that take most of it."""
+    device, laps = editor.model.device, []
+    editor.edit(*edit)  # warm
+    start = now(device)
+    result = editor.edit(*edit, progress=lambda done, total: laps.append(now(device) - start))
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        editor.edit(*edit)
+    cost = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    table = sorted(profiler.key_averages(), key=lambda entry: -getattr(entry, cost))
+    total = sum(getattr(entry, cost) for entry in table)
+    return {
+        "stages": result.seconds,
+        "passes": result.passes,
+        "first_pass": laps[0] - result.seconds["encode"],
+        "each_other_pass": (laps[-1] - laps[0]) / max(len(laps) - 1, 1),
+        "operators": [[entry.key, entry.count, getattr(entry, cost) / total] for entry in table[:top]],
+    }
