@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/thinkclearly demo recipes/tiny.yaml --output_dir outputs/demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -s

@@ -22,7 +22,7 @@ from thinkclearly.decoding.sampling import draw, gumbel_noise, warpers
 from thinkclearly.models.backbone import positions, token_embeddings
 from thinkclearly.models.clear_head import ClearEditModel
 
-FIRST_BLOCK, MAX_BLOCK = 8, 64  # positions of an adaptive block
+MIN_BLOCK, MAX_BLOCK = 16, 64  # positions of an adaptive block
 SHRINK = 0.75  # the cache is copied without the finished samples once no more than this share goes on
 # Log-odds of copying at which a mistake costs the same either way: a false CLEAR leaves a hole in the edit, a missed
 # one costs exactness.
@@ -136,7 +136,7 @@ def decode(
 
     done, accepted = [0] * count, []
     cached = list(range(count))  # samples that have rows in the cache
-    length = min(settings.block or FIRST_BLOCK, longest)
+    length = min(settings.block or MIN_BLOCK, longest)
     while cached:
         live = torch.tensor(cached, device=device).unsqueeze(1)
         starts = [done[k] for k in cached]
@@ -189,10 +189,11 @@ def decode(
 def _next_length(fresh: list[int], longest: int) -> int:
     """Twice as many positions as a sample got through on average: doubling while the draft holds.
 
-    The luckiest sample's number would need fewer passes, but most of what they compute would be thrown away.
+    The luckiest sample's number would need fewer passes, but most of what they compute would be thrown away. Below
+    `MIN_BLOCK` a pass hardly gets cheaper, and guesses that were nearly right would be lost.
     """
     going = [n for n in fresh if n]
-    return min(math.ceil(2 * sum(going) / len(going)), longest)
+    return min(max(MIN_BLOCK, math.ceil(2 * sum(going) / len(going))), longest)
 
 
 class _Chooser:
