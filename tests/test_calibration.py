@@ -1,4 +1,4 @@
-"""The gate's log-odds can be taken at their word after calibration, and every preference moves them the way it says."""
+"""After calibration the gate's log-odds can be taken at their word; each preference moves them the way it says."""
 
 import math
 

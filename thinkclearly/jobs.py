@@ -213,6 +213,17 @@ def build_model(model: ModelArguments, lora: LoraArguments, backbone: Backbone, 
     )
 
 
+def new_config(backbone: Backbone, clear: ClearArguments, overrides) -> ClearConfig:
+    """What the checkpoint of a run will say about itself."""
+    return ClearConfig(
+        codebook_size=backbone.model.config.vq_config.num_embeddings,
+        clear_weight=clear.clear_weight,
+        codebook_hash=codebook_hash(backbone.model),
+        base_hash=base_hash(backbone.model),
+        edit=given(overrides),
+    )
+
+
 def train(
     model_args: ModelArguments,
     lora: LoraArguments,
@@ -230,13 +241,7 @@ def train(
     set_seed(training.seed)
     backbone = build_backbone(model_args)
     data = build_data(data_args, backbone)
-    config = ClearConfig(
-        codebook_size=backbone.model.config.vq_config.num_embeddings,
-        clear_weight=clear.clear_weight,
-        codebook_hash=codebook_hash(backbone.model),
-        base_hash=base_hash(backbone.model),
-        edit=given(overrides),
-    )
+    config = new_config(backbone, clear, overrides)
     model = build_model(model_args, lora, backbone, config)
     collator = EditCollator(
         backbone.processor, model.vocabulary, clear.drop_all, clear.drop_source, seed=training.seed

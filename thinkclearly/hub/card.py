@@ -39,8 +39,8 @@ def model_card(
     """The card of a fine-tune. A README.md that a user wrote keeps its text, and gets the metadata.
 
     Args:
-        run: the folder that training wrote: `recipe.yaml`, `all_results.json`, perhaps `metrics.json`, `benchmarks/` and
-            README.md.
+        run: the folder that training wrote: `recipe.yaml`, `all_results.json`, perhaps `metrics.json`,
+            `benchmarks/` and README.md.
         base_model: Hub id; None where the base has no page there.
         samples: pictures of the gallery, as paths inside the repository.
         license: `license`, and `license_name` and `license_link` where there are any.
