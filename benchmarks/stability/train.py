@@ -1,0 +1,63 @@
+"""Trains one variant with one seed; a folder that is there already is left alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import set_seed
+
+from benchmarks.stability.variants import VARIANTS
+from thinkclearly import jobs
+from thinkclearly.config import RecipeParser
+from thinkclearly.models.clear_head import CONFIG_FILE
+from thinkclearly.training.callbacks import EpochOfDropout, TuneClearWeight
+
+RECIPE = "recipes/tiny.yaml"
+
+
+def folder(output: Path, variant: str, seed: int) -> Path:
+    return output / "models" / f"{variant.replace(' ', '-')}-seed{seed}"
+
+
+def recipe(output: Path, **overrides):
+    """The parsed options of the demo's recipe; bfloat16 and eager attention are what trains fastest on a CPU."""
+    overrides = {
+        "limit": 4800,
+        "bf16": True,
+        "attn_implementation": "eager",
+        "prepared_dir": output / "prepared",
+    } | overrides
+    flags = [word for name, value in overrides.items() for word in (f"--{name}", str(value))]
+    return RecipeParser(jobs.TRAIN_OPTIONS, prog="stability").parse([RECIPE, *flags])
+
+
+def train(output: Path, variant: str, seed: int) -> None:
+    """Trains and saves one model; the data, and with it the held-out edits, are the same for every seed."""
+    directory = folder(output, variant, seed)
+    if (directory / CONFIG_FILE).is_file():
+        return
+    how = VARIANTS[variant]
+    options = {"output_dir": directory, "seed": seed, "save_strategy": "no", "sample_edits": 0} | how.overrides
+    model_args, lora, data_args, clear, training, overrides = recipe(output, **options)
+    set_seed(seed)
+    backbone = jobs.build_backbone(model_args)
+    data = jobs.build_data(data_args, backbone)
+    config = jobs.new_config(backbone, clear, overrides)
+    model = jobs.build_model(model_args, lora, backbone, config)
+    collator = how.collator(backbone.processor, model.vocabulary, clear.drop_all, clear.drop_source, seed=seed)
+    trainer = how.trainer(
+        model=model,
+        processor=backbone.processor,
+        clear_weight=clear.clear_weight,
+        clear_head_lr=clear.clear_head_lr,
+        data_collator=collator,
+        args=training,
+        train_dataset=data.train,
+        eval_dataset=data.test,
+        callbacks=[EpochOfDropout(collator)],
+    )
+    if clear.tune_clear_weight:
+        trainer.add_callback(TuneClearWeight(trainer))
+    trainer.train()
+    jobs.write_json(directory / "log.json", trainer.state.log_history)
+    trainer.save_model()
