@@ -1,15 +1,24 @@
 """After calibration the gate's log-odds can be taken at their word; each preference moves them the way it says."""
 
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from thinkclearly import jobs, load_editor
+from thinkclearly.config import ClearTrainingArguments, DataArguments
 from thinkclearly.data import sources
+from thinkclearly.data.collator import EditCollator
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import calibrate, fit_gate, gate_metrics
-from thinkclearly.models.backbone import TINY
+from thinkclearly.images import Letterbox
+from thinkclearly.models.backbone import TINY, Backbone
+from thinkclearly.models.clear_head import CONFIG_FILE, read_clear_config, write_clear_config
 from thinkclearly.training.adapters import load_clear_model
+from thinkclearly.training.trainer import ClearEditTrainer
 
 
 def test_the_fit_finds_the_bias_and_temperature_that_were_put_in():
@@ -27,6 +36,12 @@ def test_classes_without_overlap_do_not_run_to_infinity():
     assert math.isfinite(bias) and temperature > 0.1
 
 
+def test_a_gate_that_knows_nothing_is_not_fitted():
+    log_odds = np.linspace(-3, 3, 50)
+    with pytest.raises(ValueError, match="say nothing about what is unchanged"):
+        fit_gate(log_odds, log_odds < 0)
+
+
 def test_one_class_alone_cannot_be_fitted():
     with pytest.raises(ValueError, match="4 CLEAR and 0 other positions"):
         fit_gate(np.zeros(4), np.ones(4, bool))
@@ -40,6 +55,7 @@ def test_metrics_by_hand():
     assert gate_metrics(np.array([50.0, 60.0, 70.0]), np.array([False, True, True]))["auc"] == 1
     assert gate_metrics(np.array([70.0, 60.0]), np.array([False, True]))["auc"] == 0
     assert gate_metrics(np.zeros(2), np.zeros(2, bool))["auc"] is None
+    assert gate_metrics(np.zeros(0), np.zeros(0, bool)) == {"auc": None, "ece": None}
 
 
 @pytest.fixture
@@ -49,11 +65,14 @@ def editor():
 
 @pytest.fixture(scope="module")
 def rows():
-    vocabulary = 1024
-    examples = [sources.read_example(row) for row in sources.shapes(6, size=64, seed=3, split="test")]
-    # A truth that the gate does not know: half of the left columns.
-    labels = np.where(np.arange(64) % 8 < 4, vocabulary, 0)
-    return [{"source": e.source, "instruction": e.instruction, "output_tokens": labels} for e in examples]
+    """Held-out edits whose truth is the mask, but for one patch in ten: the gate is too sure of itself."""
+    rng, found = np.random.default_rng(0), []
+    for row in sources.shapes(6, size=64, seed=3, split="test"):
+        example = sources.read_example(row)
+        clear = ~Letterbox(*example.source.size, 64).fit_mask(example.mask, 8).ravel() ^ (rng.random(64) < 0.1)
+        labels = np.where(clear, 1024, 0)
+        found.append({"source": example.source, "instruction": example.instruction, "output_tokens": labels})
+    return found
 
 
 def test_calibrating_changes_what_the_model_copies(editor, rows):
@@ -64,6 +83,54 @@ def test_calibrating_changes_what_the_model_copies(editor, rows):
     assert found["gate_ece_after"] < found["gate_ece_before"]
     again = calibrate(editor, rows, batch_size=6)
     assert again["gate_bias"] == pytest.approx(found["gate_bias"], rel=1e-3)  # starts from the gate as it was trained
+
+
+def test_training_stores_what_it_found(editor, tmp_path):
+    """On a model that is trained already: what training leaves in memory and in its folder."""
+    config = editor.model.clear_config
+    rows = jobs.build_data(
+        DataArguments(limit=4, eval_samples=6, prepared_dir=str(tmp_path / "data")),
+        Backbone(editor.model.base, editor.processor),
+    ).test
+    args = ClearTrainingArguments(output_dir=str(tmp_path / "run"), eval_strategy="no", per_device_eval_batch_size=3)
+    collator = EditCollator(editor.processor, editor.model.vocabulary)
+    trainer = ClearEditTrainer(editor.model, editor.processor, config.clear_weight, collator, args=args)
+    trainer.save_model()
+    config.gate_bias = 5.0
+    found = jobs.calibrate_model(trainer, rows, count=6)
+    saved = read_clear_config(tmp_path / "run")
+    assert saved == config and saved.gate_bias == found["gate_bias"] != 5.0
+    assert jobs.calibrate_model(trainer, rows, count=0) == {}
+    assert jobs.calibrate_model(trainer, rows.remove_columns("source"), count=6) == {}
+
+
+@pytest.mark.parametrize("name", ["gate_temperature", "gate_bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None])
+def test_a_damaged_calibration_is_refused(editor, tmp_path, name, value):
+    write_clear_config(replace(editor.model.clear_config, **{name: value}), tmp_path)
+    with pytest.raises(ValueError, match=name):
+        read_clear_config(tmp_path)
+
+
+def test_a_fine_tune_of_before_calibration_is_read(editor, tmp_path):
+    write_clear_config(editor.model.clear_config, tmp_path)
+    content = json.loads((tmp_path / CONFIG_FILE).read_text())
+    del content["gate_bias"], content["gate_temperature"]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(content))
+    assert (read_clear_config(tmp_path).gate_bias, read_clear_config(tmp_path).gate_temperature) == (0, 1)
+
+
+def test_merged_in_float32_only_and_with_the_same_tokens(editor, rows):
+    def merged(model):
+        return {module.merged for module in model.modules() if hasattr(module, "merged")}
+
+    folded = load_editor(str(TINY.parent / "tiny_clear"))
+    assert (merged(editor.model), merged(folded.model)) == ({False}, {True})
+    half = load_editor(str(TINY.parent / "tiny_clear"), dtype=torch.bfloat16)
+    assert merged(half.model) == {False}
+    for row in rows[:3]:
+        ids = [e.edit(row["source"], row["instruction"]).ids for e in (editor, folded)]
+        assert torch.equal(*ids)
 
 
 def test_log_odds_are_calibrated_then_shifted_by_preference_and_bias(editor, rows):

@@ -47,7 +47,7 @@ def finetune(golden, tmp_path_factory):
     torch.manual_seed(0)
     backbone = load_backbone(golden / "checkpoint")
     hashes = {"codebook_hash": codebook_hash(backbone.model), "base_hash": base_hash(backbone.model)}
-    config = ClearConfig(128, clear_weight=0.3, **hashes)
+    config = ClearConfig(128, clear_weight=0.3, gate_bias=0.7, **hashes)
     model = add_lora(backbone, str(golden / "checkpoint"), config, r=4, lora_alpha=8)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -256,7 +256,7 @@ def describe(argv: list[str] | None = None) -> None:
 def evaluate(argv: list[str] | None = None) -> None:
     """Measure saved edits, `thinkclearly evaluate DIR`, or run a benchmark, `evaluate --benchmark magicbrush …`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["--benchmark"] or argv[:1] and argv[0].endswith((".yaml", ".yml")):
+    if any(word.split("=")[0] == "--benchmark" for word in argv) or argv[:1] and argv[0].endswith((".yaml", ".yml")):
         options = [LoadArguments, BenchmarkArguments, jobs.SettingOverrides]
         model, arguments, overrides = RecipeParser(options, prog="thinkclearly evaluate").parse(argv)
         names = {name: getattr(model, name) for name in ("model", "base", "dtype")}
@@ -283,6 +283,8 @@ def calibrate(argv: list[str] | None = None) -> None:
     rows = jobs.build_data(data, Backbone(editor.model.base, editor.processor)).test
     if rows is None or "source" not in rows.column_names:
         raise ValueError(f"eval_samples={data.eval_samples}, source={data.source}: no held-out records with pictures")
+    if not PartialState().is_main_process:
+        return
     found = fit_editor(editor, rows, arguments.batch_size)
     write_clear_config(editor.model.clear_config, arguments.model)
     sys.stdout.write("".join(f"{name} {value:.4g}\n" for name, value in found.items() if value is not None))

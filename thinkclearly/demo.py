@@ -18,6 +18,7 @@ from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import gate_metrics
 from thinkclearly.evaluation.edits import evaluate_edits
 from thinkclearly.evaluation.report import write_report
+from thinkclearly.evaluation.tables import format_number
 from thinkclearly.images import load_image
 from thinkclearly.training.adapters import load_clear_model
 
@@ -126,7 +127,7 @@ def _notes(evaluation, seconds: dict) -> dict[str, str]:
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     done = ", ".join(f"{name} {share:.0%}" for name, share in evaluation.done.items())
     gate = gate_metrics(evaluation.log_odds, evaluation.unchanged)
-    honest = f"AUC {gate['auc']:.4f}, expected calibration error {gate['ece']:.3f}"
+    honest = f"AUC {format_number(gate['auc'], '{:.4f}')}, calibration error {format_number(gate['ece'], '{:.3f}')}"
     return {
         "In short": summary(evaluation),
         "Edits done": done,

@@ -44,7 +44,7 @@ from thinkclearly.hub.publish import pull_dataset
 from thinkclearly.hub.trainer import PublishingTrainer
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.backbone import Backbone, base_hash, codebook_hash, load_backbone
-from thinkclearly.models.clear_head import ClearConfig, ClearEditModel
+from thinkclearly.models.clear_head import ClearConfig, ClearEditModel, write_clear_config
 from thinkclearly.models.empty import empty_janus
 from thinkclearly.training import memory
 from thinkclearly.training.adapters import add_lora, train_fully
@@ -283,9 +283,9 @@ def train(
         raise SystemExit(128 + signal.SIGTERM)
     if alarm.step is not None:
         raise ValueError(f"The loss collapsed at step {alarm.step}; nothing is saved or pushed beyond the checkpoints")
-    metrics = result.metrics | speed.metrics(training) | calibrate_model(trainer, data.test, clear.calibration_edits)
     trainer.save_model(_internal_call=True)  # what is pushed is the end, with its metrics
     trainer.save_state()
+    metrics = result.metrics | speed.metrics(training) | calibrate_model(trainer, data.test, clear.calibration_edits)
     if data.test is not None:
         metrics.update(trainer.evaluate())
     trainer.log_metrics("all", metrics)
@@ -296,18 +296,20 @@ def train(
 
 
 def calibrate_model(trainer: ClearEditTrainer, rows: Dataset | None, count: int) -> dict[str, float]:
-    """Calibrates what was trained on `count` held-out records, by the process that saves; what came of it."""
-    usable = rows is not None and "source" in rows.column_names and not trainer.is_fsdp_enabled
-    if not count or not usable:
-        logger.info("The gate stays uncalibrated: that takes held-out records with pictures, and no FSDP")
+    """Calibrates what was trained and saved on `count` held-out records, in the first process; what came of it."""
+    sliced = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # no process has the weights for itself
+    if not count or rows is None or "source" not in rows.column_names or sliced:
+        logger.info("The gate stays uncalibrated: that takes held-out records with pictures, no FSDP, no DeepSpeed")
         return {}
     found = {}
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
         model.clear_config.clear_weight = trainer.clear_weight
+        chosen = rows.select(range(min(count, len(rows))))
         try:
-            found = calibrate(Editor(model, trainer.processor), rows.select(range(min(count, len(rows)))))
-        except ValueError as error:  # held-out records that are all CLEAR, or none of them
+            found = calibrate(Editor(model, trainer.processor), chosen, trainer.args.per_device_eval_batch_size)
+            write_clear_config(model.clear_config, trainer.args.output_dir)
+        except (ValueError, torch.OutOfMemoryError) as error:  # nothing to fit; `thinkclearly calibrate` does it later
             logger.warning("The gate stays uncalibrated: %s", error)
     trainer.accelerator.wait_for_everyone()
     return found

@@ -6,6 +6,7 @@ Edits and measurements are kept item by item, so that the same command goes on w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -27,7 +28,8 @@ from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation import field
 from thinkclearly.evaluation.benchmark_report import report
 from thinkclearly.evaluation.towers import Clip, Dino
-from thinkclearly.images import MASK_THRESHOLD, load_image
+from thinkclearly.images import MASK_THRESHOLD, ImageError, load_image
+from thinkclearly.models.clear_head import ClearEditModel
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +96,14 @@ def run_benchmark(editor: Editor, arguments: BenchmarkArguments, model: dict, se
     """
     make_cases = {"magicbrush": _magicbrush, "pie-bench": _pie_bench}[arguments.benchmark]
     names = ("benchmark", "path", "split", "seed")
-    run = model | {name: getattr(arguments, name) for name in names} | settings
+    run = model | {name: getattr(arguments, name) for name in names} | settings | {"head": _digest(editor.model)}
     cases, left_out, split = make_cases(editor, arguments, run, settings)
     if not PartialState().is_main_process:
         return None
     towers = {"clip": arguments.clip, "dino": arguments.dino, "lpips": arguments.lpips}
     measured = _measure(cases, Path(arguments.output_dir) / MEASURED_FILE, run | towers, arguments)
+    left_out += sum((case.setting, case.key) not in measured for case in cases)
+    cases = [case for case in cases if (case.setting, case.key) in measured]
     summaries: dict[str, dict[str, dict]] = {}
     for setting in dict.fromkeys(case.setting for case in cases):
         rows = [measured[case.setting, case.key] for case in cases if case.setting == setting]
@@ -115,11 +119,18 @@ def run_benchmark(editor: Editor, arguments: BenchmarkArguments, model: dict, se
     content = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     _replace(folders[0] / RESULTS_FILE, content)
     _replace(folders[0] / REPORT_FILE, text)
-    shared = is_local(str(model["model"])) and arguments.limit is None and not left_out
+    shared = is_local(str(model["model"])) and arguments.limit is None and not left_out and not settings
+    logger.info("%s, %s\n\n%s", folders[0] / RESULTS_FILE, folders[0] / REPORT_FILE, text)
     if shared:
         _replace(Path(model["model"]) / SHARED_FOLDER / f"{arguments.benchmark}.json", content)
-    logger.info("%s, %s\n\n%s", folders[0] / RESULTS_FILE, folders[0] / REPORT_FILE, text)
     return results
+
+
+def _digest(model: ClearEditModel) -> str:
+    """Changes with every training and calibration, so that edits of an older model are not taken for this one's."""
+    config, weight = model.clear_config, model.clear_head.weight.detach().cpu().contiguous()
+    gate = f"{config.gate_bias} {config.gate_temperature}".encode()
+    return hashlib.sha256(weight.numpy().tobytes() + gate).hexdigest()[:16]
 
 
 def _magicbrush(editor: Editor, arguments: BenchmarkArguments, run: dict, settings: dict):
@@ -221,12 +232,25 @@ def _measure(cases: list[Case], path: Path, header: dict, arguments: BenchmarkAr
         bar.update(len(cases) - len(todo))
         for start in range(0, len(todo), arguments.batch_size):
             batch = todo[start : start + arguments.batch_size]
-            for case, rows in zip(batch, measure([case.load() for case in batch])):
+            batch = [(case, item) for case in batch if (item := _load(case, arguments)) is not None]
+            if not batch:
+                continue
+            for (case, _), rows in zip(batch, measure([item for _, item in batch])):
                 measured[case.setting, case.key] = rows
                 file.write(json.dumps({"setting": case.setting, "key": case.key, "rows": rows}) + "\n")
             file.flush()
             bar.update(len(batch))
     return measured
+
+
+def _load(case: Case, arguments: BenchmarkArguments) -> field.Item | None:
+    try:
+        return case.load()
+    except (BadRecord, ImageError) as error:
+        if arguments.on_bad_record == "error":
+            raise
+        logger.warning("%s is left out: %s", case.key, error)
+        return None
 
 
 def _read_measured(path: Path, header: dict) -> dict[tuple, dict]:

@@ -20,6 +20,7 @@ from thinkclearly.editing.editor import Editor, EditResult
 
 logger = logging.getLogger(__name__)
 
+MAX_LOG_TEMPERATURE = 4.0  # beyond, a gate is as good as a coin
 BINS = 15  # of equal width, for the calibration error and its curve
 
 
@@ -34,7 +35,7 @@ def fit_gate(log_odds: np.ndarray, clear: np.ndarray) -> tuple[float, float]:
         clear: bool (M,), whether CLEAR is true.
 
     Raises:
-        ValueError: all true or all false: there is nothing to fit.
+        ValueError: all true or all false, or log-odds that do not rise with the truth: there is nothing to fit.
     """
     positives, negatives = int(clear.sum()), int((~clear).sum())
     if not positives or not negatives:
@@ -48,6 +49,8 @@ def fit_gate(log_odds: np.ndarray, clear: np.ndarray) -> tuple[float, float]:
         return float(np.mean(np.logaddexp(0, scaled) - targets * scaled))
 
     bias, log_temperature = minimize(loss, np.zeros(2), method="Nelder-Mead").x
+    if log_temperature > MAX_LOG_TEMPERATURE:
+        raise ValueError("The gate's log-odds say nothing about what is unchanged; train longer before calibrating.")
     return float(bias), float(np.exp(log_temperature))
 
 
@@ -59,8 +62,10 @@ def gate_metrics(log_odds: np.ndarray, clear: np.ndarray) -> dict[str, float | N
         clear: bool (M,).
 
     Returns:
-        `auc` is None where all positions are of one kind.
+        `auc` is None where all positions are of one kind, both are where there are none.
     """
+    if not len(log_odds):
+        return {"auc": None, "ece": None}
     probabilities, truth = torch.from_numpy(log_odds).double().sigmoid(), torch.from_numpy(clear).long()
     auc = None
     if 0 < truth.sum() < len(truth):  # the order is that of the log-odds: large ones are all 1.0 after the sigmoid
@@ -100,7 +105,7 @@ def calibrate(editor: Editor, rows: Iterable[dict], batch_size: int = 16) -> dic
         gates += [result.gate.numpy() for result in results]
         clears += [np.asarray(row["output_tokens"]) >= config.codebook_size for row in batch]
     log_odds, clear = np.concatenate(gates).astype(np.float64), np.concatenate(clears)
-    config.gate_bias, config.gate_temperature = fit_gate(log_odds, clear)
+    config.gate_bias, config.gate_temperature = fit_gate(log_odds, clear)  # where it raises: uncalibrated
     before = gate_metrics(log_odds, clear)
     after = gate_metrics((log_odds + config.gate_bias) / config.gate_temperature, clear)
     logger.info(

@@ -218,7 +218,7 @@ class ClearEditLoader:
         if kwargs.get("dtype", "auto") == "auto":
             kwargs["dtype"] = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
         try:
-            model, processor = load_clear_model(name_or_path, merge=True, **kwargs)
+            model, processor = load_clear_model(name_or_path, **{"merge": True} | kwargs)
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise PipelineException(TASK, name_or_path, str(error)) from error
         model.processor = processor

@@ -152,7 +152,8 @@ def check_original_base(directory: str | os.PathLike, model: JanusForConditional
 def write_original_finetune(model: ClearEditModel, directory: str | os.PathLike) -> None:
     """Writes a fine-tune as the original script does, for that script; [`read_original_finetune`] reads it back.
 
-    The correction for the class weight, of which that format knows nothing, goes into the CLEAR linear's bias.
+    The correction for the class weight and the calibrated bias, of which that format knows nothing, go into the CLEAR
+    linear's bias; the calibrated temperature, which does not move the gate's zero, is lost.
 
     Raises:
         ValueError: another adapter than plain LoRA, or more than one instruction token.
@@ -167,7 +168,8 @@ def write_original_finetune(model: ClearEditModel, directory: str | os.PathLike)
     if clear_head.out_features != 1:
         raise ValueError(f"The model has {clear_head.out_features} instruction tokens; the original format holds one.")
     head = {f"clear_linear.{name}": tensor.float() for name, tensor in clear_head.state_dict().items()}
-    head["clear_linear.bias"] = head["clear_linear.bias"] - math.log(model.clear_config.clear_weight)
+    clear = model.clear_config
+    head["clear_linear.bias"] = head["clear_linear.bias"] - math.log(clear.clear_weight) + clear.gate_bias
     for key, tensor in janus.get_base_model().model.generation_head.state_dict().items():
         head[deepseek_key(f"model.generation_head.{key}").replace("gen_head.", "base_head.")] = tensor
     adapter = {}

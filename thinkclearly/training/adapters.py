@@ -58,6 +58,8 @@ def load_finetune(model: ClearEditModel, directory: str | Path) -> None:
     saved = read_clear_config(directory)
     for name, value in vars(saved).items():
         setattr(model.clear_config, name, value)
+    # Fitted to the weights as they are now, which will change.
+    model.clear_config.gate_bias, model.clear_config.gate_temperature = 0.0, 1.0
 
 
 def resolve(name_or_path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
@@ -87,8 +89,8 @@ def load_clear_model(
     Args:
         name_or_path: folder or Hub id.
         base: base model to use instead of the one the adapter names.
-        merge: add the adapter to the base's weights, which then decode faster; for editing only, the model can no
-            longer be saved. Left undone where they are not float32: rounding would take small updates away.
+        merge: add the adapter to the base's weights, which then decode faster; for editing only. Left undone where
+            they are not float32: rounding would take small updates away.
         kwargs: `dtype`, `device`, …; see `load_janus`.
 
     Raises:
@@ -135,7 +137,7 @@ def load_clear_model(
             f"{name_or_path} was trained on codebook {config.codebook_hash}, its base model now has {found}: not the "
             "base it belongs to. Pass the right one as base=."
         )
-    return _ready(model, backbone), backbone.processor
+    return _ready(model, backbone, merge), backbone.processor
 
 
 def load_base(name_or_path: str, **kwargs) -> tuple[ClearEditModel, ClearEditProcessor]:
