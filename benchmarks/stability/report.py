@@ -11,6 +11,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks.stability.offline import cleaning, label_noise, pointer_sum
+from benchmarks.stability.pictures import draw_gates
 from benchmarks.stability.runs import BIASES, GUIDANCE, ORIGINAL, OUTPUT, SEEDS, WEIGHTS, path, points, variant
 from thinkclearly import jobs
 from thinkclearly.evaluation.tables import format_number
@@ -38,6 +39,7 @@ BASELINES = {
     "oracle": "true mask",
     "source": "copy the source",
 }
+SHOWN = (3, 8, 11, 17)  # held-out edits of the picture
 OURS, JOINT, ORIGINALS = "#3b82d6", "#e07b27", "#c94f5f"
 
 
@@ -66,6 +68,7 @@ def write() -> None:
     jobs.write_json(HERE / "results.json", {"machine": jobs.machine(), "points": rows, **extra})
     jobs.write_text(HERE / "results.md", markdown(rows, extra))
     draw(rows)
+    draw_gates(OUTPUT, IMAGES / "stability_gates.png", SHOWN)
 
 
 def find(rows: list[dict], name: str, settings: dict, whole: bool | None = None) -> dict | None:
@@ -107,7 +110,11 @@ def markdown(rows: list[dict], extra: dict) -> str:
                 lines.append([f"{label(recipe_row)}: {words}", *cells])
     parts += ["## Against the baselines\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)]
     parts += [f"## {name.capitalize()}\n\n{table(found)}" for name, found in groups.items()]
-    spread = [f"| {label(r)} | " + " | ".join(f"{r['spread'][c]:.4f}" for c in COLUMNS) + " |" for r in groups["main"]]
+    spread = [
+        f"| {label(r)} | " + " | ".join(f"{r['spread'][c]:.4f}" for c in COLUMNS) + " |"
+        for r in groups["main"]
+        if r["spread"]
+    ]
     head = "| | " + " | ".join(head for head, _ in COLUMNS.values()) + " |\n|---|" + "---:|" * len(COLUMNS)
     parts.append("## Standard deviation over the seeds\n\n" + head + "\n" + "\n".join(spread))
     lines = [
