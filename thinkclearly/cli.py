@@ -362,6 +362,7 @@ def start(job, argv: list[str] | None = None) -> None:
         # Without a GPU the processes of a launch would not know of each other.
         PartialState(cpu=not torch.accelerator.is_available())
         job(argv)
+        PartialState().destroy_process_group()  # its threads would now and then abort the exiting process
     except (OSError, ValueError, ImportError) as error:  # ImportError: an optional package, as bitsandbytes
         logger.debug("", exc_info=True)
         logger.error("%s: %s", type(error).__name__, error)
