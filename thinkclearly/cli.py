@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import logging
 import sys
@@ -360,9 +361,10 @@ def start(job, argv: list[str] | None = None) -> None:
     transformers_logging.set_verbosity_warning()
     try:
         # Without a GPU the processes of a launch would not know of each other.
-        PartialState(cpu=not torch.accelerator.is_available())
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        # The group's threads would now and then abort the process that they outlive.
+        atexit.register(state.destroy_process_group)
         job(argv)
-        PartialState().destroy_process_group()  # its threads would now and then abort the exiting process
     except (OSError, ValueError, ImportError) as error:  # ImportError: an optional package, as bitsandbytes
         logger.debug("", exc_info=True)
         logger.error("%s: %s", type(error).__name__, error)
