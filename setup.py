@@ -33,7 +33,13 @@ setup(
         "transformers>=5.23",
     ],
     extras_require={
-        "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.14"],
+        "test": [
+            "bitsandbytes>=0.48; sys_platform == 'linux'",
+            "hypothesis>=6.100",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.14",
+        ],
         "quantized": ["bitsandbytes>=0.48; sys_platform == 'linux'"],
         # What report_to can name.
         "tensorboard": ["tensorboard>=2.17"],

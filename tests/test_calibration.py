@@ -17,6 +17,7 @@ from thinkclearly.evaluation.calibration import calibrate, fit_gate, gate_metric
 from thinkclearly.images import Letterbox
 from thinkclearly.models.backbone import TINY, Backbone
 from thinkclearly.models.clear_head import CONFIG_FILE, read_clear_config, write_clear_config
+from thinkclearly.splits import build_data
 from thinkclearly.training.adapters import load_clear_model
 from thinkclearly.training.trainer import ClearEditTrainer
 
@@ -88,7 +89,7 @@ def test_calibrating_changes_what_the_model_copies(editor, rows):
 def test_training_stores_what_it_found(editor, tmp_path):
     """On a model that is trained already: what training leaves in memory and in its folder."""
     config = editor.model.clear_config
-    rows = jobs.build_data(
+    rows = build_data(
         DataArguments(limit=4, eval_samples=6, prepared_dir=str(tmp_path / "data")),
         Backbone(editor.model.base, editor.processor),
     ).test

@@ -301,6 +301,8 @@ def test_calibrate_writes_what_it_found_beside_the_weights(tmp_path, capsys, cap
     (model / CONFIG_FILE).write_text(json.dumps(content | {"gate_bias": 3.0, "gate_temperature": 0.5}))
     data = ["--limit", 4, "--eval_samples", 6, "--prepared_dir", tmp_path / "prepared"]
     assert thinkclearly("calibrate", "--model", model, *data) == 0
+    (prepared,) = (tmp_path / "prepared").glob("*/preparation.json")
+    assert json.loads(prepared.read_text())["records"] == 6  # the held-out pictures, not those to train on
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
     found = json.loads((model / CONFIG_FILE).read_text())
     assert found["gate_temperature"] == pytest.approx(float(printed["gate_temperature"]), rel=1e-3) != 0.5

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinkclearly.decoding.engine import DecodeSettings
-from thinkclearly.decoding.guidance import gate_log_odds, guide, row_weights
+from thinkclearly.decoding.guidance import guide, row_weights
 from thinkclearly.decoding.sampling import draw, gumbel_noise, warpers
+from thinkclearly.instructions import gate_log_odds
 
 
 def test_noise_is_keyed_to_seed_and_sample():

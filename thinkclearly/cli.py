@@ -6,7 +6,6 @@ import atexit
 import inspect
 import logging
 import sys
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,17 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from thinkclearly import jobs
-from thinkclearly.config import DTYPES, DataArguments, ModelArguments, RecipeParser, check_choice, option
+from thinkclearly.arguments import (
+    CalibrateArguments,
+    ConvertArguments,
+    DescribeArguments,
+    EditArguments,
+    GenerateArguments,
+    LoadArguments,
+    PrepareArguments,
+    PushArguments,
+)
+from thinkclearly.config import DataArguments, ModelArguments, RecipeParser
 from thinkclearly.data.inspect import inspect_dataset
 from thinkclearly.data.jsonl import write_jsonl
 from thinkclearly.data.sources import read_example, write_folder
@@ -27,130 +36,14 @@ from thinkclearly.evaluation.calibration import calibrate as fit_editor
 from thinkclearly.evaluation.folder import evaluate_folder
 from thinkclearly.hub import publish
 from thinkclearly.models.backbone import Backbone, load_backbone
-from thinkclearly.models.checkpoint import export_deepseek
+from thinkclearly.models.checkpoint import export_deepseek, resolve
 from thinkclearly.models.clear_head import CONFIG_FILE, write_clear_config
 from thinkclearly.models.original_finetune import is_original_finetune
-from thinkclearly.training.adapters import load_base, load_clear_model, resolve
+from thinkclearly.models.quantization import quantization
+from thinkclearly.splits import build_data, read_rows
+from thinkclearly.training.adapters import load_base, load_clear_model
 
 logger = logging.getLogger("thinkclearly")
-
-
-@dataclass
-class LoadArguments:
-    """The model that answers."""
-
-    model: str = option("outputs/clear", "Fine-tune (folder or Hub id), ours or the original's directory format.")
-    base: str | None = option(None, "Base model to use instead of the one that the fine-tune names.")
-    dtype: str = option("float32", "float32, bfloat16 or float16.")
-    device: str | None = option(None, "cpu, cuda, cuda:1, mps; the best there is if not given.")
-
-    def __post_init__(self):
-        check_choice("dtype", self.dtype, DTYPES)
-
-
-@dataclass
-class EditArguments(LoadArguments):
-    """One picture, or many: every process of an `accelerate launch` takes its share of `input`."""
-
-    image: str | None = option(None, "Picture to edit, any size.")
-    input: str | None = option(
-        None, "Instead of image: a folder of pictures, a .jsonl file (image, instruction) or a data set."
-    )
-    instruction: str | None = option(None, "What to change; with input, where an item does not say it itself.")
-    output_dir: str = option("outputs/edit", "Where the pictures and result.json go.")
-    num_images: int = option(1, "Samples.")
-    seed: int = option(0, "Keys all noise: the same seed gives the same picture.")
-    trace: bool = option(False, "Write token_trace.jsonl, one line a position; not with input.")
-    batch_size: int = option(8, "input: pictures that a process edits at once.")
-    split: str = option("train", "input: split of a data set on the Hub.")
-    on_bad_record: str = option("error", "input: error stops at a bad item, skip leaves it out and lists it.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_choice("on_bad_record", self.on_bad_record, ("error", "skip"))
-        if (self.image is None) == (self.input is None):
-            raise ValueError("give either --image, one picture, or --input, a folder, .jsonl file or data set")
-        if self.image is not None and self.instruction is None:
-            raise ValueError("--image needs --instruction: what to change, e.g. 'Make the scarf blue.'")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}; expected 1 or more")
-
-
-@dataclass
-class GenerateArguments(LoadArguments):
-    """Pictures from words."""
-
-    prompt: str = field(default="", metadata={"help": "What to draw.", "required": True})
-    output_dir: str = option("outputs/generate", "Where 0000.png, 0001.png, … go.")
-    num_images: int = option(1, "Samples.")
-    seed: int = option(0, "Keys all noise.")
-
-
-@dataclass
-class DescribeArguments(LoadArguments):
-    """Words about a picture."""
-
-    image: str = field(default="", metadata={"help": "Picture to look at.", "required": True})
-    question: str = option("What is in the picture?", "Question about it.")
-    num_answers: int = option(1, "Samples.")
-    max_new_tokens: int = option(128, "Length limit of an answer, tokens.")
-    temperature: float = option(0.0, "0 answers greedily.")
-    top_k: int = option(0, "Sample from the k best words; 0 for all.")
-    top_p: float = option(1.0, "Sample from the smallest set of words with this probability mass.")
-    seed: int = option(0, "Seed of the sampling.")
-
-
-@dataclass
-class PrepareArguments:
-    """What else preparation writes."""
-
-    output_dir: str = option("outputs/data", "Where statistics, plots and the sheet of examples go.")
-    jsonl: str | None = option(None, "Also write the training records as JSONL with '<CLEAR>' words to this file.")
-    export_folder: str | None = option(None, "Also write the photo pairs as sample_XXXX folders.")
-
-
-@dataclass
-class CalibrateArguments(LoadArguments):
-    """A fine-tune whose gate is fitted to held-out records."""
-
-    batch_size: int = option(16, "Pictures that are edited at once.")
-
-
-@dataclass
-class PushArguments:
-    """A repository on the Hub: a fine-tune, its merged weights, or tokenized data."""
-
-    model: str = option("outputs/clear", "Folder that train wrote, a checkpoint in it, or a folder of prepared data.")
-    repo_id: str = field(default="", metadata={"help": "Where to: owner/name, made if not there.", "required": True})
-    private: bool = option(False, "Make a new repository private; else it is what the account's default says.")
-    revision: str | None = option(None, "Branch to push to, made if not there; main if not given.")
-    create_pr: bool = option(False, "Open a pull request instead of committing.")
-    token: str | None = option(None, "Write token; better: `hf auth login` or HF_TOKEN, which no process list shows.")
-    base_model_id: str | None = option(None, "Hub id of the base model, where training used a local folder.")
-    license: str | None = option(None, "License of the card; what the base model's page says if not given.")
-    pt: bool = option(False, "Add original/, the same fine-tune with gen_head_clear.pt for the original's script.")
-    merged: str | None = option(None, "Whole weights instead of an adapter: native or deepseek layout.")
-    dtype: str = option("bfloat16", "merged: float32, bfloat16 or float16.")
-    max_shard_size: str = option("5GB", "merged: largest weight file.")
-
-    def __post_init__(self):
-        check_choice("dtype", self.dtype, DTYPES)
-        if self.merged is not None:
-            check_choice("merged", self.merged, ("native", "deepseek"))
-
-
-@dataclass
-class ConvertArguments:
-    """Between DeepSeek's file layout and transformers' own."""
-
-    model: str = field(default="", metadata={"help": "Folder or Hub id, either layout.", "required": True})
-    output_dir: str = field(default="", metadata={"help": "Folder to write.", "required": True})
-    to: str = option("native", "native (transformers) or deepseek.")
-    dtype: str = option("bfloat16", "float32, bfloat16 or float16.")
-
-    def __post_init__(self):
-        check_choice("to", self.to, ("native", "deepseek"))
-        check_choice("dtype", self.dtype, DTYPES)
 
 
 def prepare(argv: list[str] | None = None) -> None:
@@ -161,11 +54,11 @@ def prepare(argv: list[str] | None = None) -> None:
     if output.export_folder and data.source in ("jsonl", "prepared"):
         raise ValueError(f"export_folder={output.export_folder!r} needs pictures, and {data.path} holds tokens only")
     backbone = jobs.build_backbone(model)
-    prepared = jobs.build_data(data, backbone)
+    prepared = build_data(data, backbone)
     if not PartialState().is_main_process:
         return
     if output.export_folder:
-        rows, _ = jobs.read_rows(data)
+        rows, _ = read_rows(data)
         count = write_folder((read_example(row) for row in rows), output.export_folder)
         logger.info("%d samples in %s", count, output.export_folder)
     if output.jsonl:
@@ -281,7 +174,7 @@ def calibrate(argv: list[str] | None = None) -> None:
     if not (Path(arguments.model) / CONFIG_FILE).is_file():
         raise ValueError(f"model={arguments.model!r} is no folder with a {CONFIG_FILE}; calibrate where you can write")
     editor = _load(arguments, _load_finetune)
-    rows = jobs.build_data(data, Backbone(editor.model.base, editor.processor)).test
+    rows = build_data(data, Backbone(editor.model.base, editor.processor), train=False).test
     if rows is None or "source" not in rows.column_names:
         raise ValueError(f"eval_samples={data.eval_samples}, source={data.source}: no held-out records with pictures")
     if not PartialState().is_main_process:
@@ -378,6 +271,9 @@ def _load(arguments: LoadArguments, load) -> Editor:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     options = {"dtype": getattr(torch, arguments.dtype), "device": device}
+    if arguments.load_in_8bit or arguments.load_in_4bit:
+        bits = 8 if arguments.load_in_8bit else 4
+        options["quantization_config"] = quantization(bits, options["dtype"])
     if arguments.base:
         options["base"] = arguments.base
     return Editor(*load(arguments.model, **options))

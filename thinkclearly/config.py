@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 # Of the machine or the moment, not of the model.
 _NOT_SHARED = (
-    *("output_dir", "prepared_dir", "photos_folder", "run_name", "resume_from_checkpoint"),
+    *("output_dir", "prepared_dir", "prepare_workers", "photos_folder", "run_name", "resume_from_checkpoint"),
     *("use_cpu", "do_eval", "disable_tqdm"),
 )
 
@@ -85,7 +85,7 @@ class ModelArguments:
     attn_implementation: str | None = option(
         None, "eager, sdpa or flash_attention_2; transformers' choice if not given."
     )
-    load_in_4bit: bool = option(False, "Load the frozen base in 4 bits (bitsandbytes, GPU): QLoRA.")
+    load_in_4bit: bool = option(False, "Load the frozen language model in 4 bits (bitsandbytes): QLoRA.")
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, DTYPES)
@@ -132,7 +132,13 @@ class DataArguments:
     pixel_tolerance: int = option(16, "clear_label=pixels: largest difference of an unchanged patch, of 255.")
     on_bad_record: str = option("error", "error stops at a bad record, skip leaves it out and lists it.")
     prepared_dir: str = option("outputs/prepared", "Where tokenized data is kept and found again.")
+    cache_features: bool = option(
+        False, "Keep what the frozen vision tower makes of each source picture, in prepared_dir: needs disk space."
+    )
     prepare_batch_size: int = option(16, "Pairs that are tokenized at once.")
+    prepare_workers: int | None = option(
+        None, "Processes that read pictures beside the encoder; if not given, 4 for a GPU and none for a CPU."
+    )
     split_seed: int = option(42, "Seed of shuffling, of the held-out split and of the built-in shapes.")
 
     def __post_init__(self):

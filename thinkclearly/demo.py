@@ -12,13 +12,14 @@ import torch
 
 from thinkclearly import jobs
 from thinkclearly.config import RecipeParser, option
-from thinkclearly.data.shapes import Background, Scene, edit_scene, packaged_photos, random_scene
-from thinkclearly.data.sources import EditExample
+from thinkclearly.data.shapes import Background, Scene, ShapeEdit, edit_scene, packaged_photos, random_scene
+from thinkclearly.data.sources import EditExample, shapes
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import gate_metrics
 from thinkclearly.evaluation.edits import evaluate_edits
 from thinkclearly.evaluation.report import write_report
 from thinkclearly.evaluation.tables import format_number
+from thinkclearly.files import write_json
 from thinkclearly.images import load_image
 from thinkclearly.training.adapters import load_clear_model
 
@@ -30,12 +31,17 @@ class DemoArguments:
     """What the demo does besides training."""
 
     demo_edits: int = option(120, "Held-out edits that are measured.")
-    demo_photo_edits: int = option(4, "Edits of whole photographs at their own size.")
+    demo_photo_edits: int = option(4, "Edits of whole photographs at their own size; 0 for none.")
     demo_batch_size: int = option(20, "Pictures that are edited at once.")
 
+    def __post_init__(self):
+        for name, least in (("demo_edits", 1), ("demo_photo_edits", 0), ("demo_batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}; expected {least} or more")
 
-def photo_edits(count: int, seed: int = 7):
-    """Edits on whole held-out photographs at their own size: (ShapeEdit, EditExample) pairs."""
+
+def photo_edits(count: int, seed: int = 7) -> list[tuple[ShapeEdit, EditExample]]:
+    """Edits on whole held-out photographs at their own size."""
     pairs = []
     photos = packaged_photos("test")
     operations = ("recolour", "remove", "add", "replace", "move")
@@ -65,17 +71,19 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     editor = Editor(*load_clear_model(training.output_dir, device=device, merge=True))
     started = time.perf_counter()
-    rows = jobs.sources.shapes(demo.demo_edits, size=data.shapes_size, seed=data.split_seed + 1, split="test")
+    rows = shapes(demo.demo_edits, size=data.shapes_size, seed=data.split_seed + 1, split="test")
     held_out = jobs.evaluate_rows(editor, rows, data, demo.demo_batch_size)
-    photos = photo_edits(demo.demo_photo_edits)
-    judges = {example.key: edit for edit, example in photos}
-    at_full_size = evaluate_edits(
-        editor,
-        (example for _, example in photos),
-        judge=lambda key, picture: judges[key].is_done(picture),
-        pixel_tolerance=data.pixel_tolerance,
-        batch_size=demo.demo_batch_size,
-    )
+    measured = {"edits": held_out}
+    if demo.demo_photo_edits:
+        photos = photo_edits(demo.demo_photo_edits)
+        judges = {example.key: edit for edit, example in photos}
+        measured["photographs"] = evaluate_edits(
+            editor,
+            (example for _, example in photos),
+            judge=lambda key, picture: judges[key].is_done(picture),
+            pixel_tolerance=data.pixel_tolerance,
+            batch_size=demo.demo_batch_size,
+        )
     seconds["edit and measure"] = time.perf_counter() - started
 
     metrics = {
@@ -86,22 +94,27 @@ def main(argv: list[str] | None = None) -> None:
             "done": held_out.done,
             "gate": gate_metrics(held_out.log_odds, held_out.unchanged),
         },
-        "photographs": {"pictures": at_full_size.pictures, "clear": at_full_size.clear, "done": at_full_size.done},
         "seconds": seconds,
         "machine": jobs.machine(),
     }
-    jobs.write_json(output / "metrics.json", metrics)
-    for name, evaluation in (("edits", held_out), ("photographs", at_full_size)):
+    tables = {
+        f"{demo.demo_edits} held-out edits": held_out.pictures,
+        "CLEAR against pixel labels and true masks": held_out.clear,
+    }
+    reports = held_out.reports
+    if photographs := measured.get("photographs"):
+        parts = ("pictures", "clear", "done")
+        metrics["photographs"] = {part: getattr(photographs, part) for part in parts}
+        tables["Whole photographs"] = photographs.pictures
+        reports = photographs.reports + reports
+    write_json(output / "metrics.json", metrics)
+    for name, evaluation in measured.items():
         for number, result in enumerate(evaluation.results):
             result.save(output / name / f"{number:04d}")
     write_report(
         output,
-        at_full_size.reports + held_out.reports,
-        {
-            f"{demo.demo_edits} held-out edits": held_out.pictures,
-            "CLEAR against pixel labels and true masks": held_out.clear,
-            "Whole photographs": at_full_size.pictures,
-        },
+        reports,
+        tables,
         trainer.state.log_history,
         "ThinkClearly demo",
         notes=_notes(held_out, seconds),

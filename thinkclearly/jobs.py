@@ -5,12 +5,11 @@ Knows every room but the command line itself.
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import re
 import signal
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import fields, make_dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import yaml
 from accelerate import PartialState
 from datasets import Dataset
 from PIL import Image
-from transformers import BitsAndBytesConfig, set_seed
+from transformers import TrainerCallback, set_seed
 
 from thinkclearly.config import (
     ClearArguments,
@@ -32,20 +31,20 @@ from thinkclearly.config import (
 )
 from thinkclearly.data import sources
 from thinkclearly.data.collator import EditCollator
-from thinkclearly.data.jsonl import read_jsonl
-from thinkclearly.data.prepare import label_dataset, load_encoded, prepare_dataset
+from thinkclearly.data.features import cache_features
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.editing.editor import Editor, EditSettings
 from thinkclearly.evaluation.calibration import calibrate
 from thinkclearly.evaluation.edits import Evaluation, evaluate_edits
 from thinkclearly.evaluation.pictures import sheet
+from thinkclearly.files import write_text
 from thinkclearly.hub.card import RECIPE_FILE
-from thinkclearly.hub.publish import pull_dataset
 from thinkclearly.hub.trainer import PublishingTrainer
-from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.backbone import Backbone, base_hash, codebook_hash, load_backbone
 from thinkclearly.models.clear_head import ClearConfig, ClearEditModel, write_clear_config
 from thinkclearly.models.empty import empty_janus
+from thinkclearly.models.quantization import quantization
+from thinkclearly.splits import PreparedData, build_data
 from thinkclearly.training import memory
 from thinkclearly.training.adapters import add_lora, train_fully
 from thinkclearly.training.callbacks import (
@@ -90,107 +89,16 @@ def given(overrides) -> dict:
     return {name: value for name, value in vars(overrides).items() if value is not None}
 
 
-@dataclass
-class PreparedData:
-    """Tokenized splits, and the held-out pictures they came from where there are any."""
-
-    train: Dataset
-    test: Dataset | None
-    test_rows: Dataset | None
-
-
-def read_rows(data: DataArguments) -> tuple[Dataset, Dataset | None]:
-    """Photo pairs for training and evaluation, from the source that the options name."""
-    if data.source == "shapes":
-        options = {"size": data.shapes_size, "seed": data.split_seed, "photos_folder": data.photos_folder}
-        train = sources.shapes(data.limit or 2000, **options)
-        return train, sources.shapes(data.eval_samples, split="test", **options) if data.eval_samples else None
-    if data.source == "magicbrush":
-        rows = sources.magicbrush(
-            data.path or "osunlp/MagicBrush",
-            split=data.split,
-            include=data.include,
-            exclude=data.exclude,
-            match=data.match,
-            turn_index=data.turn_index,
-            shuffle_seed=data.split_seed if data.shuffle else None,
-            limit=data.limit,
-            streaming=data.streaming,
-        )
-        if data.streaming:
-            rows = Dataset.from_list(list(rows), features=sources.FEATURES)
-    else:
-        rows = sources.folder(data.path) if data.source == "folder" else sources.sharegpt4o(data.path)
-        rows = limit_rows(rows, data)
-    return split_rows(rows, data)
-
-
-def limit_rows(rows: Dataset, data: DataArguments) -> Dataset:
-    """The first `limit` records, shuffled before where that is asked for."""
-    rows = rows.shuffle(seed=data.split_seed) if data.shuffle else rows
-    return rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
-
-
-def split_rows(rows: Dataset, data: DataArguments) -> tuple[Dataset, Dataset | None]:
-    """Holds `eval_samples` records out."""
-    if not data.eval_samples:
-        return rows, None
-    if data.eval_samples >= len(rows):
-        raise ValueError(
-            f"eval_samples={data.eval_samples} of {len(rows)} records leaves none to train on; lower it or add data"
-        )
-    parts = rows.train_test_split(test_size=data.eval_samples, seed=data.split_seed)
-    return parts["train"], parts["test"]
-
-
-def build_data(data: DataArguments, backbone: Backbone) -> PreparedData:
-    """Reads, tokenizes and labels; what was prepared before is found again."""
-    if data.source == "jsonl":
-        codes, tokens = backbone.model.config.vq_config.num_embeddings, backbone.processor.num_image_tokens
-        rows, _ = read_jsonl(data.path, codes, tokens, on_bad_record=data.on_bad_record)
-        rows = rows.add_column("key", [f"{data.path}[{i}]" for i in range(len(rows))])
-        train, test = split_rows(rows, data)
-        return PreparedData(train, test, None)
-    state = PartialState()
-    if data.source == "prepared":
-        with state.main_process_first():
-            encoded = limit_rows(load_encoded(pull_dataset(data.path), backbone), data)
-            vocabulary = InstructionVocabulary(backbone.model.config.vq_config.num_embeddings)
-            rows = label_dataset(encoded, data.clear_label, data.pixel_tolerance, vocabulary)
-        return PreparedData(*split_rows(rows, data), None)
-    with state.main_process_first():
-        train_rows, test_rows = read_rows(data)
-    options = {
-        "clear_label": data.clear_label,
-        "pixel_tolerance": data.pixel_tolerance,
-        "batch_size": data.prepare_batch_size,
-        "on_bad_record": data.on_bad_record,
-    }
-    backbone.model.model.vqmodel.to(state.device)
-    train = prepare_dataset(train_rows, backbone, data.prepared_dir, **options)
-    test = None if test_rows is None else prepare_dataset(test_rows, backbone, data.prepared_dir, **options)
-    return PreparedData(train, test, test_rows)
-
-
 def build_backbone(model: ModelArguments) -> Backbone:
     """The base model of a training run, on this process's device."""
     dtype = getattr(torch, model.dtype)
-    quantization = None
-    if model.load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=True,
-            llm_int8_skip_modules=["vqmodel", "vision_model", "aligner", "generation_head", "lm_head"],
-        )
     return load_backbone(
         model.base_model,
         revision=model.model_revision,
         dtype=dtype,
         device=PartialState().device,
         attn_implementation=model.attn_implementation,
-        quantization_config=quantization,
+        quantization_config=quantization(4, dtype) if model.load_in_4bit else None,
     )
 
 
@@ -224,6 +132,32 @@ def new_config(backbone: Backbone, clear: ClearArguments, overrides) -> ClearCon
     )
 
 
+def build_trainer(
+    kind: type[ClearEditTrainer],
+    model: ClearEditModel,
+    collator: EditCollator,
+    data: PreparedData,
+    clear: ClearArguments,
+    training: ClearTrainingArguments,
+    *callbacks: TrainerCallback,
+) -> ClearEditTrainer:
+    """A trainer with the objective that the options describe; `callbacks` run besides those that it needs."""
+    trainer = kind(
+        model=model,
+        processor=collator.processor,
+        clear_weight=clear.clear_weight,
+        clear_head_lr=clear.clear_head_lr,
+        data_collator=collator,
+        args=training,
+        train_dataset=data.train,
+        eval_dataset=data.test,
+        callbacks=[EpochOfDropout(collator), *callbacks],
+    )
+    if clear.tune_clear_weight:
+        trainer.add_callback(TuneClearWeight(trainer))
+    return trainer
+
+
 def train(
     model_args: ModelArguments,
     lora: LoraArguments,
@@ -243,25 +177,16 @@ def train(
     data = build_data(data_args, backbone)
     config = new_config(backbone, clear, overrides)
     model = build_model(model_args, lora, backbone, config)
-    collator = EditCollator(
-        backbone.processor, model.vocabulary, clear.drop_all, clear.drop_source, seed=training.seed
-    )
+    features = None
+    if data_args.cache_features:
+        parts = [part for part in (data.train, data.test) if part is not None]
+        features = cache_features(parts, model, backbone.processor, data_args.prepared_dir)
+    drops = (clear.drop_all, clear.drop_source)
+    collator = EditCollator(backbone.processor, model.vocabulary, *drops, seed=training.seed, features=features)
     if data.test is None:
         training.eval_strategy = "no"
     sigterm, speed, alarm = SaveOnSigterm(), Speed(), CollapseAlarm()
-    trainer = PublishingTrainer(
-        model=model,
-        processor=backbone.processor,
-        clear_weight=clear.clear_weight,
-        clear_head_lr=clear.clear_head_lr,
-        data_collator=collator,
-        args=training,
-        train_dataset=data.train,
-        eval_dataset=data.test,
-        callbacks=[EpochOfDropout(collator), alarm, sigterm, speed],
-    )
-    if clear.tune_clear_weight:
-        trainer.add_callback(TuneClearWeight(trainer))
+    trainer = build_trainer(PublishingTrainer, model, collator, data, clear, training, alarm, sigterm, speed)
     # Editing reaches into the model outside its forward pass, where FSDP has the weights in slices.
     if clear.sample_edits and data.test_rows is not None and not trainer.is_fsdp_enabled:
         rows = data.test_rows.select(range(min(clear.sample_edits, len(data.test_rows))))
@@ -389,15 +314,3 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def write_json(path: Path, content) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is never seen half done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

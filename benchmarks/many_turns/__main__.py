@@ -11,7 +11,6 @@ import argparse
 import io
 import logging
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -26,9 +25,11 @@ from thinkclearly.data.shapes import ShapeEdit, edit_scene, packaged_photos, ran
 from thinkclearly.editing.session import EditSession
 from thinkclearly.evaluation.metrics import aggregate_image_metrics, image_metrics
 from thinkclearly.evaluation.pictures import sheet
+from thinkclearly.evaluation.tables import markdown_table
+from thinkclearly.files import write_json, write_text
 from thinkclearly.hub.pipeline import DEFAULT_MODEL
 from thinkclearly.images import Letterbox
-from thinkclearly.jobs import machine, write_json, write_text
+from thinkclearly.jobs import machine
 
 logger = logging.getLogger("many_turns")
 
@@ -128,9 +129,9 @@ def compare(pictures, first, regions, draws: int = 2000) -> dict:
     }
 
 
-def psnr(mse: float) -> float | str:
-    """In dB; "inf" for an exact copy, because JSON has no infinity. `float` reads both."""
-    return 10 * math.log10(255**2 / mse) if mse else "inf"
+def psnr(mse: float) -> float:
+    """In dB; infinite for an exact copy."""
+    return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
 def draw(results: dict) -> str:
@@ -175,13 +176,14 @@ def table(results: dict) -> str:
     """The Markdown table of the docs: the first turn, the middle and the last."""
     shown = sorted({1, math.ceil(results["turns"] / 2), results["turns"]})
     head = ["", *(f"PSNR, turn {n}" for n in shown), *(f"exact, turn {n}" for n in shown)]
-    lines = [head + [f"exact outside the patches, turn {results['turns']}", "edits done"], ["---"] * (len(head) + 2)]
+    head += [f"exact outside the patches, turn {results['turns']}", "edits done"]
+    lines = []
     for name, rows in results["methods"].items():
         found = [rows[n - 1]["outside_masks"] for n in shown]
         drift = [f"{float(row['psnr_pooled']):.1f} dB" for row in found]
         exact = [f"{row['exact']:.1%}" for row in (*found, rows[-1]["outside_patches"])]
         lines.append([name, *drift, *exact, f"{np.mean([row['done'] for row in rows]):.0%}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(head, lines)
 
 
 def main() -> None:
@@ -206,8 +208,9 @@ def main() -> None:
             made[name] = list(follow_session(editor, chains, size, settings, bar))
     box = Letterbox(size, size, editor.processor.image_size)
     methods = {name: measure(chains, size, box, editor.processor.grid, turns) for name, turns in made.items()}
+    flags = " ".join(f"--{name} {getattr(options, name)}" for name in ("chains", "turns", "size", "seed"))
     results = {
-        "command": " ".join(["python -m benchmarks.many_turns", *sys.argv[1:]]),
+        "command": "python -m benchmarks.many_turns " + flags,
         "machine": machine(),
         "seconds": round(time.perf_counter() - started, 1),
         "model": Path(options.model).name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,32 +16,35 @@ from thinkclearly.editing.composite import composite
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import calibrate, calibrated_log_odds, gate_metrics
 from thinkclearly.evaluation.metrics import aggregate_clear_metrics, clear_metrics
+from thinkclearly.files import write_json
 from thinkclearly.images import Letterbox, patch_difference
 from thinkclearly.models.clear_head import write_clear_config
+from thinkclearly.splits import build_data
 from thinkclearly.training.adapters import load_clear_model
 
 BATCH = 24
 CALIBRATION = "calibration.json"
 
 
-@contextmanager
-def fast():
+def fast() -> torch.autocast:
     """bfloat16 arithmetic: on a CPU that has it, twice as fast; 0.8 % of the tokens change."""
-    with torch.autocast("cpu", torch.bfloat16):
-        yield
+    return torch.autocast("cpu", torch.bfloat16)
 
 
 def load(output: Path, variant: str, seed: int) -> Editor:
     """The model, its gate calibrated on the recipe's held-out records (not those that are measured)."""
     directory = folder(output, variant, seed)
+    # Asked before the model is read: another process may calibrate it meanwhile.
+    calibrated = (directory / CALIBRATION).is_file()
     model, processor = load_clear_model(directory, merge=True)
     editor = Editor(model, processor)
-    if not (directory / CALIBRATION).is_file():
+    if not calibrated:
         model_args, _, data_args, *_ = recipe(output)
+        rows = build_data(data_args, jobs.build_backbone(model_args), train=False).test
         with fast():
-            found = calibrate(editor, list(jobs.build_data(data_args, jobs.build_backbone(model_args)).test), BATCH)
+            found = calibrate(editor, rows, BATCH)
         write_clear_config(model.clear_config, directory)
-        jobs.write_json(directory / CALIBRATION, found)
+        write_json(directory / CALIBRATION, found)
     return editor
 
 

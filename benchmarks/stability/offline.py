@@ -14,10 +14,11 @@ from benchmarks.stability.runs import SEEDS, gates
 from benchmarks.stability.train import recipe
 from thinkclearly import jobs
 from thinkclearly.data.collator import EditCollator
-from thinkclearly.decoding.guidance import gate_log_odds
 from thinkclearly.evaluation.calibration import fit_gate, gate_metrics
 from thinkclearly.evaluation.metrics import clear_metrics
 from thinkclearly.images import Letterbox, load_image
+from thinkclearly.instructions import gate_log_odds
+from thinkclearly.splits import build_data
 
 CROSS = ndimage.generate_binary_structure(2, 1)
 
@@ -26,7 +27,7 @@ def label_noise(output: Path, records: int = 1200) -> dict:
     """Token equality against pixels: how often it errs, and where (by the winning code's margin and by texture)."""
     model_args, _, data_args, *_ = recipe(output)
     backbone = jobs.build_backbone(model_args)
-    rows = jobs.build_data(data_args, backbone).train.select(range(records))
+    rows = build_data(data_args, backbone).train.select(range(records))
     names = ["input_tokens", "target_tokens", "pixel_difference", "mask_tokens"]
     table = rows.select_columns(names).with_format("numpy")
     source, target, difference, mask = (np.stack(table[name]) for name in names)
@@ -129,13 +130,13 @@ def pointer_sum(output: Path, seed: int, records: int = 504) -> dict:
     editor = load(output, "default", seed)
     model, options = editor.model, recipe(output)[2]
     options.eval_samples, options.split_seed = records, options.split_seed + 1
-    rows = jobs.build_data(options, jobs.build_backbone(recipe(output)[0])).test
+    rows = build_data(options, jobs.build_backbone(recipe(output)[0]), train=False).test
     collate, codebook = EditCollator(editor.processor, model.vocabulary), model.vocabulary.codebook_size
     gates, summed, truth = [], [], []
     for start in range(0, len(rows), BATCH):
         batch = collate([rows[i] for i in range(start, min(len(rows), start + BATCH))])
         with fast():
-            logits = model(**batch).float()
+            logits = model.teacher_forced_logits(**batch)
         logits[..., codebook:] -= torch.tensor(model.clear_config.clear_weight).log()
         own = batch["source_tokens"].unsqueeze(-1)
         copy = torch.logsumexp(torch.cat([logits[..., codebook:], logits.gather(-1, own)], -1), -1)

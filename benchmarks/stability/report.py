@@ -14,7 +14,8 @@ from benchmarks.stability.offline import cleaning, label_noise, pointer_sum
 from benchmarks.stability.pictures import draw_gates
 from benchmarks.stability.runs import BIASES, GUIDANCE, ORIGINAL, OUTPUT, SEEDS, WEIGHTS, path, points, variant
 from thinkclearly import jobs
-from thinkclearly.evaluation.tables import format_number
+from thinkclearly.evaluation.tables import format_number, markdown_table
+from thinkclearly.files import write_json, write_text
 
 HERE, IMAGES = Path(__file__).parent, Path("docs/images")
 COLUMNS = {
@@ -32,6 +33,7 @@ COLUMNS = {
     "false_clear": ("false CLEAR", "{:.2%}"),
     "holed": ("holed edits", "{:.1%}"),
 }
+HEADS = [head for head, _ in COLUMNS.values()]
 BASELINES = {
     "composite": "ours",
     "raw": "raw decode",
@@ -65,15 +67,14 @@ def write() -> None:
         "cleaning": cleaning(OUTPUT),
         "pointer_sum": {str(seed): pointer_sum(OUTPUT, seed) for seed in SEEDS},
     }
-    jobs.write_json(HERE / "results.json", {"machine": jobs.machine(), "points": rows, **extra})
-    jobs.write_text(HERE / "results.md", markdown(rows, extra))
+    write_json(HERE / "results.json", {"machine": jobs.machine(), "points": rows, **extra})
+    write_text(HERE / "results.md", markdown(rows, extra))
     draw(rows)
     draw_gates(OUTPUT, IMAGES / "stability_gates.png", SHOWN)
 
 
-def find(rows: list[dict], name: str, settings: dict, whole: bool | None = None) -> dict | None:
-    fits = [r for r in rows if r["variant"] == name and r["settings"] == settings and whole in (None, r["whole"])]
-    return fits[0] if fits else None
+def find(rows: list[dict], name: str, settings: dict) -> dict | None:
+    return next((r for r in rows if r["variant"] == name and r["settings"] == settings), None)
 
 
 def label(row: dict) -> str:
@@ -86,12 +87,11 @@ def label(row: dict) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    lines = [["", "edits", *(head for head, _ in COLUMNS.values())]]
-    lines.append(["---"] + ["---:"] * (len(COLUMNS) + 1))
+    lines = []
     for row in rows:
         cells = [format_number(row["mean"][name], form) for name, (_, form) in COLUMNS.items()]
         lines.append([label(row), str(row["edits"]), *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(["", "edits", *HEADS], lines)
 
 
 def markdown(rows: list[dict], extra: dict) -> str:
@@ -101,44 +101,34 @@ def markdown(rows: list[dict], extra: dict) -> str:
     parts = [f"# Stability: all numbers\n\nWritten by `python -m benchmarks.stability` on {jobs.machine()}."]
     main = groups["main"][0]
     names = ("done", "mse_inside", "mse_outside", "exact_outside")
-    lines = [["", "edit done", "MSE inside", "MSE outside", "exact outside"], ["---"] + ["---:"] * 4]
+    lines = []
     forms = ("{:.1%}", "{:.0f}", "{:.0f}", "{:.1%}")
     for recipe_row in groups["main"]:
         for key, words in BASELINES.items():
             cells = [format_number(recipe_row["mean"][f"{key}_{n}"], form) for n, form in zip(names, forms)]
             if recipe_row is main or recipe_row["variant"] == "original":
                 lines.append([f"{label(recipe_row)}: {words}", *cells])
-    parts += ["## Against the baselines\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)]
+    head = ["", "edit done", "MSE inside", "MSE outside", "exact outside"]
+    parts += ["## Against the baselines", markdown_table(head, lines)]
     parts += [f"## {name.capitalize()}\n\n{table(found)}" for name, found in groups.items()]
-    spread = [
-        f"| {label(r)} | " + " | ".join(f"{r['spread'][c]:.4f}" for c in COLUMNS) + " |"
-        for r in groups["main"]
-        if r["spread"]
-    ]
-    head = "| | " + " | ".join(head for head, _ in COLUMNS.values()) + " |\n|---|" + "---:|" * len(COLUMNS)
-    parts.append("## Standard deviation over the seeds\n\n" + head + "\n" + "\n".join(spread))
+    lines = [[label(r), *(f"{r['spread'][c]:.4f}" for c in COLUMNS)] for r in groups["main"] if r["spread"]]
+    parts += ["## Standard deviation over the seeds", markdown_table(["", *HEADS], lines)]
     lines = [
-        f"| {k} | " + ", ".join(f"{x:.3f}" for x in (v if isinstance(v, list) else [v])) + " |"
-        for k, v in extra["labels"].items()
+        [k, ", ".join(f"{x:.3f}" for x in (v if isinstance(v, list) else [v]))] for k, v in extra["labels"].items()
     ]
-    parts.append("## How true token equality is\n\n| | |\n|---|---|\n" + "\n".join(lines))
+    parts += ["## How true token equality is", markdown_table(["", ""], lines)]
     lines = [
-        f"| {r['rule']} | {r['f1']:.4f} | {r['iou']:.4f} | {r['false_clear']:.2%} | {r['holed']:.1%} |"
+        [r["rule"], f"{r['f1']:.4f}", f"{r['iou']:.4f}", f"{r['false_clear']:.2%}", f"{r['holed']:.1%}"]
         for r in extra["cleaning"]
     ]
-    parts.append(
-        "## Mask cleaning\n\n| | F1 | edit IoU | false CLEAR | holed edits |\n|---|---|---|---|---|\n"
-        + "\n".join(lines)
-    )
+    parts += ["## Mask cleaning", markdown_table(["", "F1", "edit IoU", "false CLEAR", "holed edits"], lines)]
     lines = [
-        f"| {name}, seed {seed} | {r['auc']:.4f} | {r['f1']:.4f} | {r['ece_uncalibrated']:.4f} | {r['ece']:.4f} |"
+        [f"{name}, seed {seed}", *(f"{r[key]:.4f}" for key in ("auc", "f1", "ece_uncalibrated", "ece"))]
         for seed, both in extra["pointer_sum"].items()
         for name, r in both.items()
     ]
-    parts.append(
-        "## The source code's own probability (teacher-forced)\n\n| | AUC | F1 calibrated | ECE before | "
-        "ECE calibrated |\n|---|---|---|---|---|\n" + "\n".join(lines)
-    )
+    head = ["", "AUC", "F1 calibrated", "ECE before", "ECE calibrated"]
+    parts += ["## The source code's own probability (teacher-forced)", markdown_table(head, lines)]
     return "\n\n".join(parts) + "\n"
 
 

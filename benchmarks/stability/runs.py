@@ -110,7 +110,7 @@ def train(name: str, seed: int) -> str:
 
 def measure(point: Point, seed: int, first: int, count: int) -> str:
     from benchmarks.stability.measure import measure as run
-    from thinkclearly.jobs import write_json
+    from thinkclearly.files import write_json
 
     file = path(point, seed, first, count)
     if not file.is_file():

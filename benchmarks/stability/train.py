@@ -9,8 +9,9 @@ from transformers import set_seed
 from benchmarks.stability.variants import VARIANTS
 from thinkclearly import jobs
 from thinkclearly.config import RecipeParser
+from thinkclearly.files import write_json
 from thinkclearly.models.clear_head import CONFIG_FILE
-from thinkclearly.training.callbacks import EpochOfDropout, TuneClearWeight
+from thinkclearly.splits import build_data
 
 RECIPE = "recipes/tiny.yaml"
 
@@ -41,23 +42,11 @@ def train(output: Path, variant: str, seed: int) -> None:
     model_args, lora, data_args, clear, training, overrides = recipe(output, **options)
     set_seed(seed)
     backbone = jobs.build_backbone(model_args)
-    data = jobs.build_data(data_args, backbone)
+    data = build_data(data_args, backbone)
     config = jobs.new_config(backbone, clear, overrides)
     model = jobs.build_model(model_args, lora, backbone, config)
     collator = how.collator(backbone.processor, model.vocabulary, clear.drop_all, clear.drop_source, seed=seed)
-    trainer = how.trainer(
-        model=model,
-        processor=backbone.processor,
-        clear_weight=clear.clear_weight,
-        clear_head_lr=clear.clear_head_lr,
-        data_collator=collator,
-        args=training,
-        train_dataset=data.train,
-        eval_dataset=data.test,
-        callbacks=[EpochOfDropout(collator)],
-    )
-    if clear.tune_clear_weight:
-        trainer.add_callback(TuneClearWeight(trainer))
+    trainer = jobs.build_trainer(how.trainer, model, collator, data, clear, training)
     trainer.train()
-    jobs.write_json(directory / "log.json", trainer.state.log_history)
+    write_json(directory / "log.json", trainer.state.log_history)
     trainer.save_model()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from thinkclearly.data.collator import EditCollator
-from thinkclearly.decoding.guidance import gate_log_odds
+from thinkclearly.instructions import gate_log_odds
 from thinkclearly.training.trainer import ClearEditTrainer
 
 
@@ -48,7 +48,9 @@ class GateLossTrainer(ClearEditTrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         full = inputs["source_slot"] >= 0
         if model.training and full.any():
-            gate = gate_log_odds(outputs["logits"][full], self.codebook_size, self.clear_weight)
+            # A second forward pass: the scores of the first one have no gradient at the gate.
+            logits = model.teacher_forced_logits(**inputs)[full]
+            gate = gate_log_odds(logits, self.codebook_size, self.clear_weight)
             loss = loss + F.binary_cross_entropy_with_logits(
                 gate, (inputs["labels"][full] >= self.codebook_size) * 1.0
             )

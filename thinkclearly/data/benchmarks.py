@@ -12,7 +12,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from thinkclearly.data.sources import FEATURES, BadRecord, inside, load_table, magicbrush, read_json
+from thinkclearly.data.magicbrush import load_table, magicbrush
+from thinkclearly.data.sources import FEATURES, BadRecord, inside, read_json
 
 TURNS = datasets.Features(
     {
@@ -44,7 +45,7 @@ def magicbrush_turns(path_or_id: str = "osunlp/MagicBrush", split: str = "dev") 
     `edit_sessions.json` and `images/`. Its local descriptions are what the paper's CLIP-T compares with.
 
     Args:
-        path_or_id (`str`): that folder; or a table as `data.sources.magicbrush` reads it, with `img_id` and
+        path_or_id (`str`): that folder; or a table as `data.magicbrush` reads it, with `img_id` and
             `turn_index`, which has no captions.
         split (`str`, defaults to `"dev"`): of a table.
 

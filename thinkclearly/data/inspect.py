@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm.auto import tqdm
 
-from thinkclearly.data.prepare import unchanged, write_json
+from thinkclearly.data.prepare import unchanged
+from thinkclearly.files import write_json
 from thinkclearly.images import Letterbox, load_image, to_image
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.backbone import Backbone, decode_tokens

@@ -10,12 +10,12 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import datasets
 import numpy as np
 
 from thinkclearly.data.sources import BadRecord
+from thinkclearly.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -126,23 +126,16 @@ def write_jsonl(
 
     The file appears under its name only when complete. Raises `ValueError` for an id outside the codes and `names`.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     words = [f"<{name}>" for name in names]
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for index, row in enumerate(dataset.with_format(None)):
-                line = {name: row[name] for name in FEATURES}
-                for field, last in (("input_tokens", codebook_size), ("output_tokens", codebook_size + len(words))):
-                    wrong = [token for token in row[field] if not 0 <= token < last]
-                    if wrong:
-                        raise ValueError(f"record {index}: '{field}' holds {wrong[0]}, expected 0 to {last - 1}.")
-                line["output_tokens"] = [
-                    token if token < codebook_size else words[token - codebook_size] for token in row["output_tokens"]
-                ]
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        for index, row in enumerate(dataset.with_format(None)):
+            line = {name: row[name] for name in FEATURES}
+            for field, last in (("input_tokens", codebook_size), ("output_tokens", codebook_size + len(words))):
+                wrong = [token for token in row[field] if not 0 <= token < last]
+                if wrong:
+                    raise ValueError(f"record {index}: '{field}' holds {wrong[0]}, expected 0 to {last - 1}.")
+            line["output_tokens"] = [
+                token if token < codebook_size else words[token - codebook_size] for token in row["output_tokens"]
+            ]
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return len(dataset)

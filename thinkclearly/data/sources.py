@@ -1,4 +1,4 @@
-"""Where photo pairs come from: MagicBrush-like tables, sample folders, ShareGPT-4o-Image, and the built-in shapes.
+"""Where photo pairs come from: sample folders, ShareGPT-4o-Image, and the built-in shapes; tables are `magicbrush`'s.
 
 Every source returns the same columns (`FEATURES`) with pictures still encoded; `read_example` decodes and checks one
 row. Knows nothing of squares, tokens or models.
@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
@@ -39,13 +39,6 @@ FEATURES = datasets.Features(
         "mask": datasets.Image(decode=False),
     }
 )
-COLUMNS = {  # our name -> the names tables use, best first
-    "instruction": ("instruction", "edit_instruction", "edit_prompt", "input_prompt", "prompt", "edit"),
-    "source": ("source_img", "source", "source_image", "input_image", "original_image", "input"),
-    "target": ("target_img", "target", "target_image", "edited_image", "output_image", "output"),
-    "mask": ("mask_img", "mask", "mask_image", "edit_mask"),
-}
-SHUFFLE_BUFFER = 1000  # records a streamed table holds back to shuffle among
 TEST_OFFSET = 1_000_000_000  # so that training and test shapes of one seed are never the same example
 
 
@@ -93,112 +86,6 @@ def _label(row: Mapping, side: str) -> str:
 @lru_cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def magicbrush(
-    path_or_id: str = "osunlp/MagicBrush",
-    split: str = "train",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    match: str = "any",
-    turn_index: int | None = None,
-    shuffle_seed: int | None = None,
-    limit: int | None = None,
-    streaming: bool = False,
-) -> datasets.Dataset | datasets.IterableDataset:
-    """A table of edits with MagicBrush's columns, or other common names for them.
-
-    Args:
-        path_or_id (`str`): a Hub id, a Parquet file, or a folder that `datasets.load_dataset` understands.
-        split (`str`, defaults to `"train"`): not used for a single Parquet file.
-        include (`Sequence[str]`): keep instructions that contain these, upper and lower case alike.
-        exclude (`Sequence[str]`): drop instructions that contain any of these.
-        match (`str`, defaults to `"any"`): whether `"any"` or `"all"` of `include` must occur.
-        turn_index (`int`, *optional*): keep only this turn of multi-turn sessions, counted from 1.
-        shuffle_seed (`int`, *optional*): shuffle; when streaming, among `SHUFFLE_BUFFER` records at a time.
-        limit (`int`, *optional*): keep at most this many records, after filtering and shuffling.
-
-    Returns:
-        `datasets.Dataset` or, when streaming, `datasets.IterableDataset`: `FEATURES`; a key is `dev[12]`, the row
-        counted before filtering.
-
-    Raises:
-        ValueError: an unknown `match`, a column that cannot be found, or no record left.
-        FileNotFoundError: a Parquet file that is not there.
-    """
-    if match not in ("any", "all"):
-        raise ValueError(f"match={match!r}: expected 'any' or 'all'.")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: expected at least 1, or none.")
-    table = load_table(path_or_id, split, streaming)
-    prefix = Path(path_or_id).name if Path(path_or_id).is_file() else split
-    if streaming and table.features is None:
-        table = table._resolve_features()
-    names = _find_columns(table.column_names, str(path_or_id), turn_index is not None)
-    for side in [s for s in ("source", "target", "mask") if s in names]:  # before anything decodes the pictures
-        table = table.cast_column(names[side], FEATURES[side])
-    table = table.select_columns(list(names.values()))
-    table = table.rename_columns({found: name for name, found in names.items() if found != name})
-    keep = partial(
-        _keep, include=[w.lower() for w in include], exclude=[w.lower() for w in exclude], match=match, turn=turn_index
-    )
-    tested = ["instruction", "turn_index"] if turn_index is not None else ["instruction"]
-    if streaming:
-        table = table.skip(0)  # freezes the order of the files: a shuffled row's key still tells where it is
-        table = table.map(_with_key, with_indices=True, fn_kwargs={"prefix": prefix}, features=_with_turn(names))
-        table = table.filter(keep, input_columns=tested)
-        table = table if shuffle_seed is None else table.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
-        return (table if limit is None else table.take(limit)).select_columns(list(FEATURES))
-    rows = [i for i, values in enumerate(zip(*(table[column] for column in tested))) if keep(*values)]
-    if shuffle_seed is not None:
-        np.random.default_rng(shuffle_seed).shuffle(rows)
-    logger.info("%s: %d of %d records pass the filters", path_or_id, len(rows), len(table))
-    if not rows[:limit]:
-        raise ValueError(f"{path_or_id}: none of {len(table)} records is left; relax include, exclude, limit or turn.")
-    if "mask" not in names:
-        table = table.add_column("mask", [None] * len(table), feature=FEATURES["mask"])
-    table = table.add_column("key", [f"{prefix}[{i}]" for i in range(len(table))], feature=FEATURES["key"])
-    return table.select(rows[:limit]).select_columns(list(FEATURES))
-
-
-def load_table(path_or_id: str, split: str, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
-    """A table with all its columns: a Hub id, a Parquet file, or a folder that `datasets.load_dataset` understands."""
-    local = Path(path_or_id)
-    if local.suffix == ".parquet" and not local.is_file():
-        raise FileNotFoundError(f"{local}: no such file. Check the path.")
-    if local.is_file():
-        return datasets.load_dataset("parquet", data_files=str(local), split="train", streaming=streaming)
-    return datasets.load_dataset(str(path_or_id), split=split, streaming=streaming)
-
-
-def _find_columns(found: list[str], where: str, with_turn: bool) -> dict[str, str]:
-    """Our column name -> the table's; a mask is optional."""
-    names = {name: next((c for c in known if c in found), None) for name, known in COLUMNS.items()}
-    if with_turn:
-        names["turn_index"] = "turn_index" if "turn_index" in found else None
-    missing = [name for name, column in names.items() if column is None and name != "mask"]
-    if missing:
-        known = "; ".join(f"{name} ({', '.join(COLUMNS.get(name, (name,)))})" for name in missing)
-        raise ValueError(
-            f"{where}: no column for {known}. Found: {', '.join(found)}. Rename the columns of the table."
-        )
-    return {name: column for name, column in names.items() if column is not None}
-
-
-def _keep(instruction: str | None, turn_found: int | None = None, *, include, exclude, match, turn) -> bool:
-    text = (instruction or "").lower()
-    wanted = not include or (any if match == "any" else all)(word in text for word in include)
-    return wanted and not any(word in text for word in exclude) and turn_found == turn
-
-
-def _with_key(row: dict, index: int, prefix: str) -> dict:
-    return {"mask": None, **row, "key": f"{prefix}[{index}]"}
-
-
-def _with_turn(names: Mapping[str, str]) -> datasets.Features:
-    return datasets.Features(
-        {**FEATURES, **({"turn_index": datasets.Value("int64")} if "turn_index" in names else {})}
-    )
 
 
 def folder(path: str | os.PathLike) -> datasets.Dataset:

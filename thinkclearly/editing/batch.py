@@ -19,8 +19,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from thinkclearly.data.sources import COLUMNS, BadRecord, inside, pictures_in
+from thinkclearly.data.magicbrush import COLUMNS, load_table
+from thinkclearly.data.sources import BadRecord, inside, pictures_in
 from thinkclearly.editing.editor import Editor
+from thinkclearly.files import replacing, write_json
 from thinkclearly.images import ImageError, load_image
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,8 @@ def read_items(
                     raise
                 skipped.append(str(error))
     else:
-        return _named(_of_table(_load_table(source, split), source, instruction), source), skipped
+        table = datasets.load_from_disk(source) if path.is_dir() else load_table(source, split)
+        return _named(_of_table(table, source, instruction), source), skipped
     columns = {
         "key": [key for key, _, _ in rows],
         "instruction": [own or instruction for _, own, _ in rows],
@@ -158,14 +161,6 @@ def _read_line(path: Path, number: int, line: str) -> tuple[str, str | None, dic
     return texts["key"] or f"{number:06d}", texts["instruction"], {"path": str(picture)}
 
 
-def _load_table(source: str, split: str) -> Dataset:
-    if Path(source).is_dir():
-        return datasets.load_from_disk(source)
-    if source.endswith(".parquet"):
-        return datasets.load_dataset("parquet", data_files=source, split="train")
-    return datasets.load_dataset(source, split=split)
-
-
 def _of_table(table: Dataset, source: str, instruction: str | None) -> Dataset:
     names = {}
     for name, known in {"image": ("image", *COLUMNS["source"]), "instruction": COLUMNS["instruction"]}.items():
@@ -218,7 +213,7 @@ def _claim(output_dir: Path, run: dict) -> None:
         if other:
             text = ", ".join(f"{key}={found.get(key)!r} (now {run.get(key)!r})" for key in other)
             raise ValueError(f"{output_dir} holds edits made with {text}. Give another --output_dir, or remove it.")
-    _write(path, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, run)
 
 
 def _save(result, folder: Path) -> None:
@@ -249,15 +244,8 @@ def _rows(output_dir: Path, key: str, instruction: str | None, num_images: int) 
 
 def _write_tables(output_dir: Path, wanted: list[tuple], num_images: int, skipped: list[str]) -> None:
     rows = [row for item in wanted for row in _rows(output_dir, *item, num_images) or ()]
-    _write(output_dir / SKIPPED_FILE, json.dumps(skipped, indent=1, ensure_ascii=False) + "\n")
+    write_json(output_dir / SKIPPED_FILE, skipped)
     if not rows:
         raise BadRecord(f"none of {len(wanted)} items could be edited; {output_dir / SKIPPED_FILE} says why.")
-    temporary = output_dir / f".{TABLE_FILE}.tmp"
-    Dataset.from_list(rows).to_parquet(temporary)
-    temporary.replace(output_dir / TABLE_FILE)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(output_dir / TABLE_FILE) as temporary:
+        Dataset.from_list(rows).to_parquet(temporary)

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from thinkclearly.editing.editor import Editor, EditResult
+from thinkclearly.files import replacing, write_json
 from thinkclearly.images import REFERENCE_MIN_SIDE, Letterbox, load_image
 
 SESSION_FILE, FORMAT = "session.json", 1
@@ -182,13 +183,10 @@ class EditSession:
                 )
         for name, image in pictures.items():
             if not (folder / name).exists():
-                temporary = folder / f".{name}.tmp"
-                image.save(temporary, format="PNG")
-                temporary.replace(folder / name)
+                with replacing(folder / name) as temporary:
+                    image.save(temporary, format="PNG")
         record = {"format": FORMAT, "first": first, "current": self.current, "turns": turns}
-        temporary = folder / f".{SESSION_FILE}.tmp"
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(folder / SESSION_FILE)
+        write_json(folder / SESSION_FILE, record)
 
     @classmethod
     def load(cls, editor: Editor, folder: str | Path) -> EditSession:

@@ -6,7 +6,6 @@ Edits and measurements are kept item by item, so that the same command goes on w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -28,8 +27,9 @@ from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation import field
 from thinkclearly.evaluation.benchmark_report import report
 from thinkclearly.evaluation.towers import Clip, Dino
+from thinkclearly.files import strict, write_json, write_text
 from thinkclearly.images import MASK_THRESHOLD, ImageError, load_image
-from thinkclearly.models.clear_head import ClearEditModel
+from thinkclearly.models.clear_head import head_digest
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,8 @@ def run_benchmark(editor: Editor, arguments: BenchmarkArguments, model: dict, se
     """
     make_cases = {"magicbrush": _magicbrush, "pie-bench": _pie_bench}[arguments.benchmark]
     names = ("benchmark", "path", "split", "seed")
-    run = model | {name: getattr(arguments, name) for name in names} | settings | {"head": _digest(editor.model)}
+    head = head_digest(editor.model.clear_head.weight, editor.model.clear_config)
+    run = model | {name: getattr(arguments, name) for name in names} | settings | {"head": head}
     cases, left_out, split = make_cases(editor, arguments, run, settings)
     if not PartialState().is_main_process:
         return None
@@ -114,23 +115,13 @@ def run_benchmark(editor: Editor, arguments: BenchmarkArguments, model: dict, se
         "results": summaries,
     }
     text = report(results)
-    results = _strict(results)
-    folders = [Path(arguments.output_dir)]
-    content = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    _replace(folders[0] / RESULTS_FILE, content)
-    _replace(folders[0] / REPORT_FILE, text)
-    shared = is_local(str(model["model"])) and arguments.limit is None and not left_out and not settings
-    logger.info("%s, %s\n\n%s", folders[0] / RESULTS_FILE, folders[0] / REPORT_FILE, text)
-    if shared:
-        _replace(Path(model["model"]) / SHARED_FOLDER / f"{arguments.benchmark}.json", content)
-    return results
-
-
-def _digest(model: ClearEditModel) -> str:
-    """Changes with every training and calibration, so that edits of an older model are not taken for this one's."""
-    config, weight = model.clear_config, model.clear_head.weight.detach().cpu().contiguous()
-    gate = f"{config.gate_bias} {config.gate_temperature}".encode()
-    return hashlib.sha256(weight.numpy().tobytes() + gate).hexdigest()[:16]
+    folder = Path(arguments.output_dir)
+    write_json(folder / RESULTS_FILE, results)
+    write_text(folder / REPORT_FILE, text)
+    logger.info("%s, %s\n\n%s", folder / RESULTS_FILE, folder / REPORT_FILE, text)
+    if is_local(str(model["model"])) and arguments.limit is None and not left_out and not settings:
+        write_json(Path(model["model"]) / SHARED_FOLDER / f"{arguments.benchmark}.json", results)
+    return strict(results)
 
 
 def _magicbrush(editor: Editor, arguments: BenchmarkArguments, run: dict, settings: dict):
@@ -225,7 +216,7 @@ def _measure(cases: list[Case], path: Path, header: dict, arguments: BenchmarkAr
     """(setting, key) → row → column → number; kept line by line under a header that says what they depend on."""
     measured = _read_measured(path, header)
     lines = [header] + [{"setting": s, "key": k, "rows": rows} for (s, k), rows in measured.items()]
-    _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     todo = [case for case in cases if (case.setting, case.key) not in measured]
     measure = _instrument(arguments) if todo else None
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(cases), desc="measure", unit="item") as bar:
@@ -285,17 +276,3 @@ def _instrument(arguments: BenchmarkArguments) -> Callable[[list[field.Item]], l
             return network(prediction.to(device), reference.to(device))
 
     return partial(field.pie_bench, **towers, lpips=lpips)
-
-
-def _strict(value):
-    """JSON has no infinity: "inf", which `float` reads."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    return str(value) if value in (float("inf"), float("-inf")) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

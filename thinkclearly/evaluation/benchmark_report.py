@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult
 
 from thinkclearly.evaluation.field import COLUMNS, TARGET
 from thinkclearly.evaluation.published import PUBLISHED, SOURCES
-from thinkclearly.evaluation.tables import ROW_LABELS, format_number
+from thinkclearly.evaluation.tables import ROW_LABELS, format_number, markdown_table
 
 LABELS = ROW_LABELS | {TARGET: "the target itself"}
 NAMES = {"magicbrush": "MagicBrush", "pie-bench": "PIE-Bench"}
@@ -37,8 +37,7 @@ def report(results: dict) -> str:
         ours = [[LABELS.get(key, key), str(row["pictures"])] + _cells(row, shown, name) for key, row in rows.items()]
         theirs = [[f"{method} [{source}]", ""] + _cells(values, shown, name) for method, source, values in published]
         cited |= dict.fromkeys(source for _, source, _ in published)
-        lines = [head, ["---"] + ["---:"] * (len(head) - 1), *ours, *theirs]
-        parts += [f"## {setting.capitalize()}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
+        parts += [f"## {setting.capitalize()}", markdown_table(head, ours + theirs)]
     parts.append("Rows with a source are not our runs:")
     parts.append("\n".join(f"- [{key}] {SOURCES[key]}" for key in cited))
     return "\n\n".join(parts) + "\n"

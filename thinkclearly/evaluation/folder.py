@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from thinkclearly.evaluation.metrics import (
 )
 from thinkclearly.evaluation.pictures import heat_map
 from thinkclearly.evaluation.tables import markdown
+from thinkclearly.files import write_json
 from thinkclearly.images import MASK_THRESHOLD, load_image, load_mask
 
 logger = logging.getLogger(__name__)
@@ -74,9 +74,7 @@ def evaluate_folder(directory: str | os.PathLike) -> dict:
     table = _summary_table(summary)
     result = {"directory": str(directory), "pictures": pictures, "summary": summary, "table": table}
     path = directory / "metrics.json"
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(_json_ready(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, result)
     logger.info("%d result folder(s) in %s; metrics in %s\n\n%s", len(folders), directory, path, table)
     return result
 
@@ -175,9 +173,3 @@ def _summary_table(summary: dict) -> str:
     clear = {"clear_pixels": "clear_mask.png against mask.png", "clear_tokens": "tokens against the target's"}
     rows = {label: summary[key] for key, label in clear.items() if key in summary}
     return "\n".join(blocks + ([markdown(rows, "CLEAR decisions")] if rows else []))
-
-
-def _json_ready(value):
-    if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -20,6 +19,7 @@ from thinkclearly.evaluation.curves import calibration_curve, training_curves
 from thinkclearly.evaluation.metrics import image_metrics
 from thinkclearly.evaluation.pictures import HEAT_COLOURS, heat_map, mask_image, red_overlay
 from thinkclearly.evaluation.tables import format_number, tables
+from thinkclearly.files import write_text
 
 DARK_INK = "#c3c8cf"
 THUMBNAIL = 512  # pixels; larger pictures are shrunk to this for the report
@@ -122,12 +122,8 @@ def write_report(
         + "\n".join(filter(None, body))
         + "\n</main></body></html>\n"
     )
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / "report.html"
-    with tempfile.NamedTemporaryFile("w", dir=directory, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        file.write(page)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_text(path, page)
     return path
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 ROW_LABELS = {
     "raw_model": "raw",
@@ -77,9 +77,13 @@ def _table(rows, columns, suffix: str) -> list[list[str]]:
 
 def markdown(rows: Mapping[str, Mapping[str, float | int | None]], title: str) -> str:
     """The `tables` of the rows as GitHub Markdown, each under a bold line with the title and the region."""
-    blocks = []
-    for region, (head, *body) in tables(rows).items():
-        lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
-        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        blocks.append(f"**{', '.join(filter(None, (title, region)))}**\n\n{text}\n")
-    return "\n".join(blocks)
+    return "\n".join(
+        f"**{', '.join(filter(None, (title, region)))}**\n\n{markdown_table(head, body)}\n"
+        for region, (head, *body) in tables(rows).items()
+    )
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A GitHub Markdown table: names to the left, numbers to the right."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

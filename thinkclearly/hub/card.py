@@ -6,6 +6,8 @@ Knows the files of a fine-tune directory. Does not know how anything is uploaded
 from __future__ import annotations
 
 import json
+import logging
+import math
 from pathlib import Path
 
 import yaml
@@ -14,6 +16,10 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from thinkclearly.data.prepare import Preparation
 from thinkclearly.evaluation.benchmark import SHARED_FOLDER
 from thinkclearly.evaluation.benchmark_report import eval_results
+from thinkclearly.models.clear_head import HEAD_FILE, head_digest, read_clear_config
+from thinkclearly.models.weight_files import read_tensors
+
+logger = logging.getLogger(__name__)
 
 CARD_FILE, RECIPE_FILE = "README.md", "recipe.yaml"
 TASK = "image-to-image"
@@ -30,6 +36,7 @@ _COMPARED = {
 
 def model_card(
     run: Path,
+    weights: Path,
     repo_id: str,
     base_model: str | None,
     samples: list[str],
@@ -41,6 +48,7 @@ def model_card(
     Args:
         run: the folder that training wrote: `recipe.yaml`, `all_results.json`, perhaps `metrics.json`,
             `benchmarks/` and README.md.
+        weights: the folder of what is shared, `run` or a checkpoint in it.
         base_model: Hub id; None where the base has no page there.
         samples: pictures of the gallery, as paths inside the repository.
         license: `license`, and `license_name` and `license_link` where there are any.
@@ -49,8 +57,7 @@ def model_card(
     recipe = _read(run / RECIPE_FILE, yaml.safe_load)
     data = _data_name(recipe)
     metrics = read_metrics(run)
-    files = sorted((run / SHARED_FOLDER).glob("*.json"))
-    benchmarks = [result for path in files for result in eval_results(_read(path, json.loads))]
+    benchmarks = [result for found in read_benchmarks(run, weights) for result in eval_results(found)]
     metadata = ModelCardData(
         model_name=repo_id.split("/")[-1] if metrics or benchmarks else None,
         base_model=base_model,
@@ -95,6 +102,18 @@ def model_card(
     return ModelCard(f"---\n{metadata}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
+def read_benchmarks(run: Path, weights: Path) -> list[dict]:
+    """What `thinkclearly evaluate --benchmark` left in `run`, where it measured `weights` as they are now."""
+    found = []
+    for path in sorted((run / SHARED_FOLDER).glob("*.json")):
+        results, head = _read(path, json.loads), read_tensors(weights / HEAD_FILE)["weight"]
+        if results["run"].get("head") == head_digest(head, read_clear_config(weights)):
+            found.append(results)
+        else:
+            logger.warning("%s is of other weights or another calibration; the card leaves it out", path)
+    return found
+
+
 def read_metrics(run: Path) -> dict[str, float]:
     """Name → value: the Trainer's evaluation, and the demo's measured edits where they were made."""
     results = _read(run / "all_results.json", json.loads)
@@ -110,7 +129,11 @@ def read_metrics(run: Path) -> dict[str, float]:
     for picture in ("raw", "pixel_composite"):
         values = held_out.get("pictures", {}).get(picture, {})
         words = picture.replace("_", " ")
-        found |= {f"{text}, {words}": values[key] for key, text in _COMPARED.items() if values.get(key) is not None}
+        found |= {
+            f"{text}, {words}": values[key]
+            for key, text in _COMPARED.items()
+            if values.get(key) is not None and math.isfinite(float(values[key]))
+        }
         if picture in held_out.get("done", {}):
             found[f"asked edit done, {words}"] = held_out["done"][picture]
     if f1 := held_out.get("clear", {}).get("labels", {}).get("f1"):

@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from thinkclearly.config import is_local
 from thinkclearly.data.prepare import INFO_FILE, Preparation
+from thinkclearly.files import write_json, write_text
 from thinkclearly.hub.card import CARD_FILE, RECIPE_FILE, dataset_card, model_card
 from thinkclearly.models.backbone import TINY
 from thinkclearly.models.checkpoint import export_deepseek
@@ -160,26 +161,25 @@ def staged(
             _link(directory, folder, (*REQUIRED, *PROCESSOR_FILES, *WEIGHT_FILES))
             if (folder / ADAPTER_CONFIG).is_file():
                 settings = _read_json(folder / ADAPTER_CONFIG) | {"base_model_name_or_path": base}
-                _write_json(folder / ADAPTER_CONFIG, settings)
+                write_json(folder / ADAPTER_CONFIG, settings)
         if (folder / ADAPTER_CONFIG).is_file():  # else pipeline() would ask for trust_remote_code, imported or not
-            _write_json(folder / "config.json", pipeline_config(_read_json(folder / "config.json")))
+            write_json(folder / "config.json", pipeline_config(_read_json(folder / "config.json")))
             shutil.copy(Path(__file__).parent / "remote_pipeline.py", folder / PIPELINE_FILE)
         _link(run, folder, (RECIPE_FILE,))
         if base_model_id and (recipe := folder / RECIPE_FILE).is_file():
             settings = {"base_model": base_model_id} | yaml.safe_load(recipe.read_text(encoding="utf-8"))
-            recipe.unlink()  # it is a link to the original
-            recipe.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+            write_text(recipe, yaml.safe_dump(settings, sort_keys=False))
         samples = sorted((run / "samples").glob("*.png"), reverse=True)[:SAMPLES]
         _link(run, folder, [f"samples/{path.name}" for path in samples])
         if pt:
             model, _ = load_clear_model(directory)
             write_original_finetune(model, folder / "original")
             settings = _read_json(folder / "original" / ADAPTER_CONFIG) | {"base_model_name_or_path": base}
-            _write_json(folder / "original" / ADAPTER_CONFIG, settings)
+            write_json(folder / "original" / ADAPTER_CONFIG, settings)
         licenses = {"license": license} if license else license_of(base)
         names = [f"samples/{path.name}" for path in samples]
         is_adapter = (folder / ADAPTER_CONFIG).is_file()
-        model_card(run, repo_id, base, names, licenses, is_adapter).save(folder / CARD_FILE)
+        model_card(run, directory, repo_id, base, names, licenses, is_adapter).save(folder / CARD_FILE)
         check_publishable(folder)
         yield folder
 
@@ -285,7 +285,7 @@ def _staged_data(directory: Path, repo_id: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="thinkclearly-push-") as temporary:
         folder = Path(temporary)
         _link(directory, folder, DATASET_FILES)
-        _write_json(folder / INFO_FILE, info)
+        write_json(folder / INFO_FILE, info)
         dataset_card(repo_id, Preparation(**info)).save(folder / CARD_FILE)
         check_publishable(folder)
         yield folder
@@ -301,7 +301,10 @@ def _check_complete(directory: Path) -> None:
 
 
 def _link(source: Path, target: Path, patterns) -> None:
-    """Files that match a pattern, as hard links: weights are large, and a checkpoint may be rotated away meanwhile."""
+    """Files that match a pattern, as hard links: weights are large, and a checkpoint may be rotated away meanwhile.
+
+    To change one, replace it (`thinkclearly.files`): writing into it would write into the original.
+    """
     for path in [path for pattern in patterns for path in source.glob(pattern)]:
         name = path.relative_to(source)
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -317,8 +320,3 @@ def _base_in(directory: Path) -> str | None:
 
 def _read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.unlink(missing_ok=True)  # it may be a link to the original
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

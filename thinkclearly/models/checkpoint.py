@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -67,7 +67,7 @@ def load_janus(
     """
     if device is not None and device_map is not None:
         raise ValueError(f"Both device={device!r} and device_map={device_map!r} were given; give one of them.")
-    folder = _folder(name_or_path, ("*.json", *_TOKENIZER_FILES), revision, token)
+    folder = resolve(name_or_path, revision, token, ("*.json", *_TOKENIZER_FILES))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; expected a Janus checkpoint, native or DeepSeek's.")
     config = read_json(folder / "config.json")
@@ -84,9 +84,9 @@ def load_janus(
         )
     check_sizes(config, folder / "config.json")
     if not Path(name_or_path).is_dir():
-        folder = _folder(name_or_path, ("*.safetensors",), revision, token)
+        folder = resolve(name_or_path, revision, token, ["*.safetensors"])
         if not any(folder.glob("*.safetensors")):
-            folder = _folder(name_or_path, ("*.bin",), revision, token)
+            folder = resolve(name_or_path, revision, token, ["*.bin"])
     if model_type == "janus":
         check_claims(folder, config)
         model = _load_native(
@@ -189,7 +189,7 @@ def export_deepseek(
         for name, content in files.items():
             (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if processor_source is not None:
-            _copy_processor(_folder(processor_source, ("*.json", *_TOKENIZER_FILES)), partial)
+            _copy_processor(resolve(processor_source, patterns=("*.json", *_TOKENIZER_FILES)), partial)
         for name, members in plan.filename_to_tensors.items():
             # clone: safetensors refuses tensors that share memory, as a tied head does
             save_file({key: tensor(key).contiguous().clone() for key in members}, partial / name, {"format": "pt"})
@@ -211,22 +211,22 @@ def _copy_processor(source: Path, target: Path):
             shutil.copy(source / name, target / name)
 
 
-def _folder(name_or_path, patterns, revision=None, token=None) -> Path:
-    path = Path(name_or_path)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1:
-        raise FileNotFoundError(f"{name_or_path} is not a folder; expected a folder or a Hub id such as 'owner/name'.")
-    try:
-        return Path(
-            snapshot_download(
-                str(name_or_path),
-                revision=revision,
-                token=token,
-                allow_patterns=list(patterns),
-                ignore_patterns=["*/*"],
-            )
-        )
+def resolve(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    patterns: Iterable[str] | None = None,
+) -> Path:
+    """A folder as it is; of a Hub id the cached files (those of `patterns`) that do not lie in folders of their own.
+
+    Raises:
+        FileNotFoundError: neither, or the Hub cannot be asked.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    options = {"revision": revision, "token": token, "allow_patterns": patterns and list(patterns)}
+    try:  # checkpoints with their optimizer states, samples and the like lie in folders
+        return Path(snapshot_download(str(name_or_path), ignore_patterns=["*/*"], **options))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
             f"{name_or_path} is neither a folder nor a Hub repository that can be read now; check the name, the token "
@@ -250,10 +250,9 @@ class _Float32Tokenizer(JanusForConditionalGeneration):
 def _load_native(source, **kwargs) -> JanusForConditionalGeneration:
     quantization = kwargs["quantization_config"]
     if quantization is not None and getattr(quantization, "llm_int8_skip_modules", ()) is None:
-        quantization.llm_int8_skip_modules = [
-            *("vision_model", "aligner", "vqmodel", "generation_embeddings", "generation_aligner", "generation_head"),
-            "lm_head",
-        ]
+        # By their whole names: transformers matches from the start of a module's name.
+        parts = "vision_model aligner vqmodel generation_embeddings generation_aligner generation_head".split()
+        quantization.llm_int8_skip_modules = [*(f"model.{part}" for part in parts), "lm_head"]
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the loading info tells, and with names
     with config_errors(source):
         model, info = _Float32Tokenizer.from_pretrained(source, **options, **kwargs)

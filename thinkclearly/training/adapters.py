@@ -6,12 +6,10 @@ import logging
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 
 from thinkclearly.models.backbone import Backbone, base_hash, codebook_hash, load_backbone
-from thinkclearly.models.checkpoint import load_janus
+from thinkclearly.models.checkpoint import load_janus, resolve
 from thinkclearly.models.clear_head import CONFIG_FILE, ClearConfig, ClearEditModel, read_clear_config
 from thinkclearly.models.config_files import read_json
 from thinkclearly.models.original_finetune import check_original_base, is_original_finetune, read_original_finetune
@@ -60,19 +58,6 @@ def load_finetune(model: ClearEditModel, directory: str | Path) -> None:
         setattr(model.clear_config, name, value)
     # Fitted to the weights as they are now, which will change.
     model.clear_config.gate_bias, model.clear_config.gate_temperature = 0.0, 1.0
-
-
-def resolve(name_or_path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """A local directory for a folder or a Hub id."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    try:  # checkpoints with their optimizer states, samples and the like lie in folders
-        return Path(snapshot_download(str(name_or_path), revision=revision, token=token, ignore_patterns="*/*"))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{name_or_path} is neither a folder nor a Hub repository that can be read now; check the name, the token "
-            "and the connection."
-        ) from error
 
 
 def load_clear_model(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import statistics
 import sys
@@ -17,6 +16,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from thinkclearly.data.collator import EditCollator
+from thinkclearly.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +146,5 @@ class SampleEdits(TrainerCallback):
         picture = self.draw()
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step_{state.global_step:06d}.png"
-        picture.save(path.with_suffix(".tmp"), format="PNG")
-        os.replace(path.with_suffix(".tmp"), path)
+        with replacing(Path(args.output_dir) / "samples" / f"step_{state.global_step:06d}.png") as temporary:
+            picture.save(temporary, format="PNG")

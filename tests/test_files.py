@@ -1,0 +1,35 @@
+"""A file is whole or as it was before, and what is written as JSON is JSON."""
+
+import json
+import math
+
+import pytest
+
+from thinkclearly.files import replacing, write_json, write_text
+
+
+def test_a_failure_leaves_the_old_file(tmp_path):
+    write_text(tmp_path / "a" / "file.txt", "old")
+    with pytest.raises(KeyError), replacing(tmp_path / "a" / "file.txt") as temporary:
+        temporary.write_text("half")
+        assert (tmp_path / "a" / "file.txt").read_text() == "old"
+        raise KeyError
+    assert [(path.name, path.read_text()) for path in (tmp_path / "a").iterdir()] == [("file.txt", "old")]
+
+
+def test_the_new_file_takes_the_place_of_the_old(tmp_path):
+    for text in ("old", "größer → neu"):
+        write_text(tmp_path / "file.txt", text)
+    assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["größer → neu"]
+
+
+def test_json_has_no_infinity(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [1.5, -math.inf, (math.inf, True, None)], "ü": math.nan})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    found = json.loads(text, parse_constant=refuse)
+    assert found == {"a": [1.5, "-inf", ["inf", True, None]], "ü": "nan"} and "ü" in text
+    assert float(found["a"][1]) == -math.inf

@@ -1,0 +1,50 @@
+"""Files that are whole or not there: written beside their place under another name, then renamed.
+
+Knows nothing of what is in them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write a file under, which becomes `path` when the block ends; its folder is made.
+
+    Where the block raises, what was written goes and `path` stays as it was. Processes that write the same file at
+    once do not meet: the last one counts.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content) -> None:
+    """Writes `content` as strict JSON; see `strict`."""
+    write_text(path, json.dumps(strict(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def strict(content):
+    """`content` with infinities and NaN, which JSON has not, as "inf", "-inf" and "nan": `float` reads them."""
+    if isinstance(content, dict):
+        return {key: strict(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [strict(value) for value in content]
+    return str(content) if isinstance(content, float) and not math.isfinite(content) else content
