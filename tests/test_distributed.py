@@ -49,10 +49,12 @@ def launch(config, script, *argv):
 
 
 def several(folder, jobs):
-    """A script of several jobs, since starting costs most of the time, on prepared shards of three pairs."""
+    """A script of several jobs, since starting costs most of the time, on prepared shards of three pairs and
+    with logits in chunks of 50 positions at most."""
     script = folder / "several.py"
     script.write_text(
-        "from thinkclearly import cli\nfrom thinkclearly.data import prepare\nprepare.SHARD_SIZE = 3\n"
+        "from thinkclearly import cli\nfrom thinkclearly.data import prepare\nfrom thinkclearly.models import scores\n"
+        "prepare.SHARD_SIZE = 3\nscores.CHUNK = 50\n"
         + "".join(f"cli.start(cli.{job}, {argv})\n" for job, argv in jobs)
     )
     return script
@@ -115,7 +117,7 @@ def test_eight_small_batches_train_as_one(settings, one_process, tmp_path):
 
 def test_two_processes_train_as_one(settings, one_process, tmp_path):
     options = settings | {"per_device_train_batch_size": 4, "output_dir": tmp_path}
-    launch("ddp.yaml", "scripts/train.py", RECIPE, *flags(options))
+    launch("ddp.yaml", several(tmp_path, [("train", [RECIPE, *flags(options)])]))
     assert_same_run(tmp_path, one_process["lora"])
 
 

@@ -52,8 +52,6 @@ def test_activations_are_what_autograd_keeps(golden, autocast):
     base = str(golden / "checkpoint")
     backbone = load_backbone(base)
     model, n = build(base, backbone, lora_r=4).train(), backbone.processor.num_image_tokens
-    ids = torch.ones(2, 2 * n + memory.WORDS, dtype=torch.long)
-    slot, codes = torch.ones(2, dtype=torch.long), torch.ones(2, n, dtype=torch.long)
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -65,11 +63,11 @@ def test_activations_are_what_autograd_keeps(golden, autocast):
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
     ):
-        pixels = torch.zeros(2, 3, backbone.processor.image_size, backbone.processor.image_size)
-        loss = model(ids, torch.ones_like(ids), slot, slot + n, codes, codes, pixels).logsumexp(-1).sum()
-    real = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+        loss = model(**memory.example_batch(model.config, 2)).nll.sum()
+    softmax = 4 * 2 * n * 129
+    real = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own) - softmax
     found, logits = memory.activations(empty(base, lora_r=4), 2, autocast, checkpointing=False)
-    assert loss.requires_grad and logits.bytes == 3 * 4 * 2 * n * 129
+    assert loss.requires_grad and logits.bytes == 3 * softmax
     assert found.bytes == pytest.approx(real, rel=0.25)
     less, _ = memory.activations(empty(base, lora_r=4), 2, autocast, checkpointing=True)
     assert less.bytes < found.bytes / 2

@@ -6,6 +6,7 @@ Knows nothing of models or prompts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,3 +65,12 @@ class InstructionVocabulary:
         """
         row = (ids - self.codebook_size).clamp(min=0).unsqueeze(-2)
         return torch.where(self.is_instruction(ids), transformed.gather(-2, row).squeeze(-2), ids)
+
+
+def gate_log_odds(logits: torch.Tensor, codebook_size: int, clear_weight: float = 1.0) -> torch.Tensor:
+    """Log-odds of copying against painting, without guidance: (..., K + I) to (...).
+
+    Weighted cross-entropy is minimised by q_k ∝ w_k·p_k, so the class weight's logarithm is taken off again.
+    """
+    copy = torch.logsumexp(logits[..., codebook_size:], dim=-1)
+    return copy - torch.logsumexp(logits[..., :codebook_size], dim=-1) - math.log(clear_weight)

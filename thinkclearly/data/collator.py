@@ -11,8 +11,8 @@ import zlib
 import numpy as np
 import torch
 
+from thinkclearly.data.features import FeatureCache, source_square
 from thinkclearly.data.sources import BadRecord
-from thinkclearly.images import ImageError, Letterbox, load_image
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.prompt import FULL, PART, UNCOND, ClearEditProcessor
 
@@ -30,6 +30,7 @@ class EditCollator:
         drop_all (`float`): share of rows that see neither picture nor words (UNCOND).
         drop_source (`float`): share of the remaining rows that do not see the source codes (PART).
         seed (`int`): keys the dropout.
+        features: read instead of the pictures, where given.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class EditCollator:
         drop_all: float = 0.0,
         drop_source: float = 0.0,
         seed: int = 0,
+        features: FeatureCache | None = None,
     ):
-        self.processor, self.vocabulary = processor, vocabulary
+        self.processor, self.vocabulary, self.features = processor, vocabulary, features
         self.drop_all, self.drop_source, self.seed = drop_all, drop_source, seed
         # Shared memory: data loader workers must see the epoch that the training loop is in.
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
@@ -69,12 +71,9 @@ class EditCollator:
                 "remove the column 'source' to train on pictures decoded from the codes."
             )
         if not missing:
-            batch["pixel_values"] = self.processor.pixel_values([self._square(row) for row in rows])
+            if self.features is not None:
+                batch["features"] = self.features.read(rows)
+            else:
+                squares = [source_square(row, self.processor.image_size) for row in rows]
+                batch["pixel_values"] = self.processor.pixel_values(squares)
         return batch
-
-    def _square(self, row: dict):
-        try:
-            picture = load_image(row["source"], f"{row['key']}: source")
-        except ImageError as error:
-            raise BadRecord(str(error)) from error
-        return Letterbox(*picture.size, self.processor.image_size).fit(picture)

@@ -1,11 +1,9 @@
-"""From the guidance rows' logits to one distribution over codes and one decision about copying.
+"""From the guidance rows' logits to one distribution over codes.
 
 Edit rows are full, part and uncond; text-to-image rows full and uncond (models/prompt.py). Knows nothing of models.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 
@@ -25,12 +23,3 @@ def row_weights(rows: int, cfg_weight: float, cfg_weight2: float) -> list[float]
 def guide(row_logits: torch.Tensor, weights: list[float]) -> torch.Tensor:
     """Linear combination over the rows: (S, R, C) to (S, C)."""
     return sum(weight * row_logits[:, i] for i, weight in enumerate(weights))
-
-
-def gate_log_odds(logits: torch.Tensor, codebook_size: int, clear_weight: float = 1.0) -> torch.Tensor:
-    """Log-odds of copying against painting, without guidance: (..., K + I) to (...).
-
-    Weighted cross-entropy is minimised by q_k ∝ w_k·p_k, so the class weight's logarithm is taken off again.
-    """
-    copy = torch.logsumexp(logits[..., codebook_size:], dim=-1)
-    return copy - torch.logsumexp(logits[..., :codebook_size], dim=-1) - math.log(clear_weight)

@@ -6,6 +6,7 @@ Plain functions over transformers' JanusForConditionalGeneration (with or withou
 from __future__ import annotations
 
 import hashlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +52,19 @@ def load_backbone(name_or_path: str, *, revision: str | None = None, token: str 
     return Backbone(model.eval(), processor)
 
 
+@contextmanager
 def _full_precision(device: torch.device):
-    """The VQ model runs in float32 whatever the rest does: an argmin over codes depends on the dtype."""
-    return torch.autocast(device.type, enabled=False)
+    """The VQ model runs in float32 whatever the rest does: an argmin over codes depends on the dtype.
+
+    cuDNN would round a convolution's float32 to TF32 by default.
+    """
+    cudnn = torch.backends.cudnn
+    allowed, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        cudnn.allow_tf32 = allowed
 
 
 @torch.no_grad()
@@ -71,11 +82,15 @@ def decode_tokens(janus: JanusForConditionalGeneration, tokens: torch.Tensor) ->
         return janus.model.vqmodel.decode(tokens).float()
 
 
+def tower_features(janus: JanusForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
+    """SigLIP features before the aligner: (B, 3, S, S) to (B, N, W), W the tower's own width."""
+    vision = janus.model.vision_model
+    return vision(pixel_values.to(vision.embeddings.patch_embedding.weight.dtype)).last_hidden_state
+
+
 def image_features(janus: JanusForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
     """SigLIP features behind the aligner: (B, 3, S, S) to (B, N, H)."""
-    vision = janus.model.vision_model
-    hidden = vision(pixel_values.to(vision.embeddings.patch_embedding.weight.dtype)).last_hidden_state
-    return janus.model.aligner(hidden)
+    return janus.model.aligner(tower_features(janus, pixel_values))
 
 
 def token_embeddings(janus: JanusForConditionalGeneration, tokens: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,8 @@ Source of the idea: peterN908/ThinkClearly (3_sft_finetune.py, the wrapper that 
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,10 +17,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import JanusForConditionalGeneration
 
+from thinkclearly.files import replacing, write_json
 from thinkclearly.instructions import InstructionVocabulary
-from thinkclearly.models.backbone import decode_tokens, embed_prompt, image_features, teacher_forced_hidden
+from thinkclearly.models.backbone import decode_tokens, embed_prompt, teacher_forced_hidden, tower_features
 from thinkclearly.models.config_files import read_json
 from thinkclearly.models.prompt import PromptBatch
+from thinkclearly.models.scores import Scores, score_hidden
 from thinkclearly.models.weight_files import read_tensors
 
 HEAD_FILE, CONFIG_FILE = "gen_head_clear.safetensors", "clear_config.json"
@@ -99,7 +100,27 @@ class ClearEditModel(nn.Module):
             weight, bias = self.clear_head.weight.float(), self.clear_head.bias.float()
             return torch.cat([codes, nn.functional.linear(hidden.float(), weight, bias)], dim=-1)
 
-    def forward(
+    def forward(self, labels: torch.Tensor, **inputs) -> Scores:
+        """Teacher-forced scores of all N output positions, (B, N) each; inputs as for `teacher_forced_logits`."""
+        return score_hidden(
+            self.logits, self._teacher_forced_hidden(labels=labels, **inputs), labels, self.vocabulary.codebook_size
+        )
+
+    def teacher_forced_logits(self, **inputs) -> torch.Tensor:
+        """Teacher-forced logits of all N output positions: float32 (B, N, K + I).
+
+        For looking at: all of them are in memory at once, and FSDP slices weights outside `forward`.
+
+        Args:
+            input_ids, attention_mask, image_slot, source_slot: the fields of a `PromptBatch`.
+            source_tokens: long (B, N), codes of the source.
+            labels: long (B, N), class ids in [0, K + I).
+            pixel_values: float (B, 3, S, S), the source; decoded from its codes where there is no picture.
+            features: (B, N, W), what the vision tower makes of the source, in place of `pixel_values`.
+        """
+        return self.logits(self._teacher_forced_hidden(**inputs))
+
+    def _teacher_forced_hidden(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
@@ -108,23 +129,18 @@ class ClearEditModel(nn.Module):
         source_tokens: torch.Tensor,
         labels: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Teacher-forced logits of all N output positions: float32 (B, N, K + I).
-
-        Where a label is an instruction, the *source* code is fed back, as inference does.
-
-        Args:
-            input_ids, attention_mask, image_slot, source_slot: the fields of a `PromptBatch`.
-            source_tokens: long (B, N), codes of the source.
-            labels: long (B, N), class ids in [0, K + I).
-            pixel_values: float (B, 3, S, S), the source; decoded from its codes where there is no picture.
-        """
+        """Hidden states (B, N, H) that predict the labels."""
         prompt = PromptBatch(input_ids, attention_mask, image_slot, source_slot)
-        if pixel_values is None:
-            pixel_values = decode_tokens(self.base, source_tokens).clamp(-1, 1)
-        embeds = embed_prompt(self.base, prompt, image_features(self.base, pixel_values), source_tokens)
+        if features is None:
+            if pixel_values is None:
+                pixel_values = decode_tokens(self.base, source_tokens).clamp(-1, 1)
+            features = tower_features(self.base, pixel_values)
+        embeds = embed_prompt(self.base, prompt, self.base.model.aligner(features), source_tokens)
+        # Where a label is an instruction, the *source* code is fed back, as inference does.
         fed_back = self.vocabulary.remap(labels, source_tokens.unsqueeze(-2))
-        return self.logits(teacher_forced_hidden(self.base, embeds, attention_mask, fed_back))
+        return teacher_forced_hidden(self.base, embeds, attention_mask, fed_back)
 
     def save_pretrained(self, directory: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Writes the adapter (or the whole model where there is none), the CLEAR head and its configuration.
@@ -142,8 +158,8 @@ class ClearEditModel(nn.Module):
         # Beside an adapter too: transformers' pipeline() reads it before anything else.
         self.base.config.save_pretrained(directory)
         tensors = {name: t.detach().float().cpu().contiguous() for name, t in parts["clear_head"].items()}
-        save_file(tensors, directory / (HEAD_FILE + ".tmp"), metadata={"format": "pt"})
-        os.replace(directory / (HEAD_FILE + ".tmp"), directory / HEAD_FILE)
+        with replacing(directory / HEAD_FILE) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
         write_clear_config(self.clear_config, directory)
 
     def load_head(self, directory: str | Path) -> None:
@@ -174,11 +190,15 @@ def _below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def head_digest(weight: torch.Tensor, config: ClearConfig) -> str:
+    """Of a CLEAR head's weight and its gate, which every training and calibration changes: tells models apart."""
+    gate = f"{config.gate_bias} {config.gate_temperature}".encode()
+    return hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes() + gate).hexdigest()[:16]
+
+
 def write_clear_config(config: ClearConfig, directory: str | Path) -> None:
     """Writes `clear_config.json`, whole or not at all."""
-    temporary = Path(directory) / (CONFIG_FILE + ".tmp")
-    temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
-    os.replace(temporary, Path(directory) / CONFIG_FILE)
+    write_json(Path(directory) / CONFIG_FILE, asdict(config))
 
 
 def read_clear_config(directory: str | Path) -> ClearConfig:

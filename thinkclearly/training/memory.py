@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
+from transformers import JanusConfig
 
 from thinkclearly.models.clear_head import ClearEditModel
+from thinkclearly.models.scores import chunk_length
 
 WORDS = 64  # tokens of instruction and template beside the picture's and the source's slots
 NF4 = 0.5 + (1 + 4 / 256) / 64  # bytes a weight: 4 bits, and doubly quantized scales of 64 weights each
@@ -75,7 +76,7 @@ def activations(
         checkpointing: only the inputs of the layers are kept; one layer at a time is computed again.
     """
     config = model.config
-    n, side = config.vision_config.num_image_tokens, config.vision_config.image_size
+    n = config.vision_config.num_image_tokens
     kept: dict[int, torch.UntypedStorage] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").train()
@@ -86,22 +87,38 @@ def activations(
             kept[storage._cdata] = storage
             return tensor
 
-        ids, codes = (torch.zeros(batch_size, length, dtype=torch.long) for length in (2 * n + WORDS, n))
-        slot = torch.zeros(batch_size, dtype=torch.long)
-        pixels = torch.zeros(batch_size, 3, side, side)
+        batch = example_batch(config, batch_size)
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
         ):
-            logits = model(ids, torch.ones_like(ids), slot, slot, codes, codes, pixels)
-            F.cross_entropy(logits.flatten(0, 1), codes.flatten())
-        softmax = logits.untyped_storage().nbytes()
+            model(**batch)
+    classes, positions = model.vocabulary.num_classes, batch_size * n
+    length = chunk_length(positions)
+    # The last chunk's softmax is among what is kept, the rest of its three parts comes when the backward pass begins.
+    softmax = 4 * classes * (positions - length * ((positions - 1) // length))
     total = sum(storage.nbytes() for key, storage in kept.items() if key not in own) - softmax
     layers = config.text_config.num_hidden_layers
     if checkpointing:
         inputs = layers * batch_size * (3 * n + WORDS - 1) * config.text_config.hidden_size
         total = inputs * (autocast or model.base.dtype).itemsize + total / layers
-    return [Part("activations", None, total), Part("logits, softmax, gradient", None, 3 * softmax)]
+    return [Part("activations", None, total), Part("logits, softmax, gradient", None, 3 * 4 * classes * length)]
+
+
+def example_batch(config: JanusConfig, batch_size: int) -> dict[str, torch.Tensor]:
+    """The inputs of `ClearEditModel.forward` for one batch, all zeros, with `WORDS` tokens beside the slots."""
+    n, side = config.vision_config.num_image_tokens, config.vision_config.image_size
+    ids, codes = (torch.zeros(batch_size, length, dtype=torch.long) for length in (2 * n + WORDS, n))
+    slot = torch.zeros(batch_size, dtype=torch.long)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "image_slot": slot,
+        "source_slot": slot,
+        "source_tokens": codes,
+        "labels": codes,
+        "pixel_values": torch.zeros(batch_size, 3, side, side),
+    }
 
 
 def table(parts: list[Part]) -> str:

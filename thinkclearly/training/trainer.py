@@ -9,16 +9,15 @@ import math
 import os
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAUROC
 
 from thinkclearly.data.collator import EditCollator
-from thinkclearly.decoding.guidance import gate_log_odds
 from thinkclearly.models.clear_head import ClearEditModel, read_clear_config
 from thinkclearly.models.prompt import ClearEditProcessor
+from thinkclearly.models.scores import Scores
 from thinkclearly.training.adapters import load_finetune
 from thinkclearly.training.checkpoints import ResumableTrainer
 
@@ -29,7 +28,7 @@ def class_weights(labels: torch.Tensor, codebook_size: int, clear_weight: float)
 
 
 def weighted_loss(
-    logits: torch.Tensor,
+    nll: torch.Tensor,
     labels: torch.Tensor,
     codebook_size: int,
     clear_weight: float,
@@ -38,14 +37,13 @@ def weighted_loss(
     """Class-weighted cross-entropy, divided by the sum of the weights, as torch's own weighted mean is.
 
     Args:
-        logits: float32 (B, N, K + I).
+        nll: float32 (B, N), negative log-likelihood of the labels.
         labels: long (B, N).
         total: sum of weights to divide by; that of these labels where not given. With gradient accumulation or
             several processes it is the sum over the whole optimizer step.
     """
     weights = class_weights(labels, codebook_size, clear_weight)
-    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
-    return (loss * weights.flatten()).sum() / (weights.sum() if total is None else total)
+    return (nll * weights).sum() / (weights.sum() if total is None else total)
 
 
 class GateMeter:
@@ -58,17 +56,16 @@ class GateMeter:
         self.auc = BinaryAUROC(thresholds=512, ignore_index=-1).to(device)
 
     @torch.no_grad()
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, sees_source: torch.Tensor) -> None:
+    def update(self, scores: Scores, labels: torch.Tensor, sees_source: torch.Tensor) -> None:
         """Rows that do not see the source carry weight 0: a process without any still takes part in the sums."""
-        clear, predicted = labels >= self.codebook_size, logits.argmax(-1)
-        code_hit = logits[..., : self.codebook_size].argmax(-1) == labels
+        clear, predicted = labels >= self.codebook_size, scores.predicted
         counted = sees_source[:, None].expand_as(labels)
         self.means["clear_rate_true"].update(clear.float(), counted.float())
         self.means["clear_rate_predicted"].update((predicted >= self.codebook_size).float(), counted.float())
-        self.means["code_accuracy"].update(code_hit.float(), (counted & ~clear).float())
+        self.means["code_accuracy"].update((scores.code == labels).float(), (counted & ~clear).float())
         self.means["accuracy"].update((predicted == labels).float(), counted.float())
         # Any rising function gives the same area; a slow one keeps small probabilities apart on 512 thresholds.
-        score = (gate_log_odds(logits, self.codebook_size) / 4).sigmoid()
+        score = (scores.gate / 4).sigmoid()
         self.auc.update(score.flatten(), torch.where(counted, clear.long(), -1).flatten())
 
     def compute(self) -> dict[str, float]:
@@ -112,7 +109,7 @@ class ClearEditTrainer(ResumableTrainer):
         super().__init__(model=model, data_collator=data_collator, **kwargs)
         self.processor = processor
         self.clear_weight = self.eval_clear_weight = clear_weight
-        self.eval_collator = EditCollator(processor, model.vocabulary)
+        self.eval_collator = EditCollator(processor, model.vocabulary, features=data_collator.features)
         self.codebook_size = model.vocabulary.codebook_size
         self.meters = {mode: GateMeter(self.codebook_size, self.args.device) for mode in ("train", "eval")}
 
@@ -141,19 +138,19 @@ class ClearEditTrainer(ResumableTrainer):
         return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits = model(**inputs)
+        scores = model(**inputs)
         if model.training:
             # Processes average their gradients; the sum of weights is already the global one.
             scale, weight, total = self.accelerator.num_processes, self.clear_weight, num_items_in_batch
         else:
             scale, weight, total = 1, self.eval_clear_weight, None
-        loss = scale * weighted_loss(logits, inputs["labels"], self.codebook_size, weight, total)
+        loss = scale * weighted_loss(scores.nll, inputs["labels"], self.codebook_size, weight, total)
         meter = self.meters["train" if model.training else "eval"]
-        meter.update(logits.detach(), inputs["labels"], inputs["source_slot"] >= 0)
-        return (loss, {"logits": logits}) if return_outputs else loss
+        meter.update(scores, inputs["labels"], inputs["source_slot"] >= 0)
+        return (loss, scores) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss alone: logits of K + I classes at every position are not worth gathering."""
+        """The loss alone: the meters have taken what they need of the scores."""
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None

@@ -1,0 +1,86 @@
+"""What watches a run from the side does what it says."""
+
+import logging
+
+import pytest
+from PIL import Image
+from tiny_runs import fresh, make_trainer, records
+from transformers import TrainerControl, TrainerState
+
+from thinkclearly.models.clear_head import ClearEditModel
+from thinkclearly.models.scores import Scores
+from thinkclearly.training.callbacks import CollapseAlarm, SampleEdits, TuneClearWeight
+
+
+@pytest.mark.parametrize(
+    ("predicted", "start", "expected"),
+    [(0.8, 0.5, 0.47), (0.2, 0.5, 0.53), (1.0, 0.12, 0.1), (0.0, 0.98, 1.0)],
+)
+def test_clear_weight_follows_the_excess(predicted, start, expected):
+    class Holder:
+        clear_weight = start
+
+    callback = TuneClearWeight(Holder)
+    metrics = {"eval_clear_rate_predicted": predicted, "eval_clear_rate_true": 0.5}
+    callback.on_evaluate(None, TrainerState(), TrainerControl(), metrics=metrics)
+    assert Holder.clear_weight == pytest.approx(expected)
+    callback.on_evaluate(None, TrainerState(), TrainerControl(), metrics={"eval_loss": 1.0})
+    assert Holder.clear_weight == pytest.approx(expected), "no rates, no move"
+
+
+def test_collapse_stops_the_run(golden, tmp_path, caplog):
+    class Perfect(ClearEditModel):
+        """Sees its own targets."""
+
+        def forward(self, labels, **inputs):
+            scores = super().forward(labels=labels, **inputs)
+            return Scores(scores.nll * 1e-6, labels, labels, scores.gate)
+
+    model, processor = fresh(golden)
+    trainer = make_trainer(
+        (Perfect(model.janus, model.clear_config), processor),
+        records(golden, 4),
+        tmp_path,
+        max_steps=4,
+        callbacks=[CollapseAlarm()],
+        drop=(0.0, 0.0),
+    )
+    with caplog.at_level(logging.ERROR, logger="thinkclearly"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    assert "collapsed" in caplog.text
+    control = TrainerControl()
+    CollapseAlarm().on_log(None, TrainerState(), control, logs={"loss": 0.3, "accuracy": 1.0})
+    assert not control.should_training_stop
+
+
+def test_sample_edits_are_saved_at_each_evaluation(golden, tmp_path):
+    rows = records(golden, 2)
+    trainer = make_trainer(
+        fresh(golden),
+        rows,
+        tmp_path,
+        eval_rows=rows,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        callbacks=[SampleEdits(lambda: Image.new("RGB", (8, 8)))],
+    )
+    trainer.train()
+    assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == ["step_000001.png", "step_000002.png"]
+
+
+def test_dropout_is_drawn_anew_each_epoch(golden, tmp_path):
+    pair, rows = fresh(golden), records(golden, 8)
+    trainer = make_trainer(pair, rows, tmp_path, num_train_epochs=2, per_device_train_batch_size=8, drop=(0.3, 0.5))
+    collator, seen = trainer.data_collator, []
+    original = collator.condition
+
+    def condition(key):
+        seen.append((int(collator.epoch), key, original(key)))
+        return seen[-1][-1]
+
+    collator.condition = condition
+    trainer.train()
+    epochs = [{key: value for number, key, value in seen if number == epoch} for epoch in (0, 1)]
+    assert len(epochs[0]) == len(epochs[1]) == 8 and epochs[0] != epochs[1]

@@ -1,0 +1,76 @@
+"""What training asks of K + I logits at every output position, without all of them in memory at once.
+
+Knows the cross-entropy and how it is cut into chunks. Does not know where hidden states come from or how losses are
+weighted. Libraries with a fused linear cross-entropy (Liger, Apple's cut cross-entropy) need Triton and one plain
+linear layer; Janus's head is two with an activation between, perhaps with LoRA inside, and CLEAR's is a third.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
+
+from thinkclearly.instructions import gate_log_odds
+
+CHUNK = 512  # positions at most: float32 logits of 16,385 classes are 32 MiB, three times that with their gradient
+
+
+@dataclass
+class Scores(ModelOutput):
+    """Teacher-forced scores of every position; only `nll` has a gradient.
+
+    Attributes:
+        nll: float32 (B, N), negative log-likelihood of the label, in nats.
+        predicted: long (B, N), the likeliest of all K + I classes.
+        code: long (B, N), the likeliest of the K codes.
+        gate: float32 (B, N), log-odds of copying as the logits give them (`gate_log_odds`).
+    """
+
+    nll: torch.Tensor | None = None
+    predicted: torch.Tensor | None = None
+    code: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+
+
+def score_logits(logits: torch.Tensor, labels: torch.Tensor, codebook_size: int) -> Scores:
+    """Scores of logits that are there: float32 (..., K + I) and long labels (...) to scores (...)."""
+    nll = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
+    # After the loss: a chunk that is computed again stops at the last tensor that the backward pass needs.
+    with torch.no_grad():
+        codes = logits[..., :codebook_size]
+        return Scores(nll, logits.argmax(-1), codes.argmax(-1), gate_log_odds(logits, codebook_size))
+
+
+def score_hidden(
+    head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor, codebook_size: int
+) -> Scores:
+    """Scores of hidden states, by chunks of at most `CHUNK` positions.
+
+    The backward pass computes a chunk's logits again, except the last one's: it begins there, when it would have to
+    hold them anyway. So nothing is computed twice where one chunk is enough.
+
+    Args:
+        head: hidden states (..., H) to float32 logits (..., K + I).
+        hidden: (B, N, H).
+        labels: long (B, N).
+    """
+    length = chunk_length(labels.numel())
+    states, targets = hidden.flatten(0, -2).split(length), labels.flatten().split(length)
+
+    def score(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return score_logits(head(states), targets, codebook_size).to_tuple()
+
+    chunks = [checkpoint(score, *chunk, use_reentrant=False) for chunk in list(zip(states, targets))[:-1]]
+    chunks.append(score(states[-1], targets[-1]))
+    return Scores(*(torch.cat(parts).view_as(labels) for parts in zip(*chunks)))
+
+
+def chunk_length(positions: int) -> int:
+    """Positions of a chunk: as even as possible, at most `CHUNK`."""
+    return math.ceil(positions / math.ceil(positions / CHUNK))
