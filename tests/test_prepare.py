@@ -1,8 +1,11 @@
 import json
+import multiprocessing
 import threading
+import time
 from contextlib import contextmanager
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from datasets import concatenate_datasets
@@ -216,6 +219,58 @@ def test_preparation_file(rows, prepared, backbone, tmp_path):
     }  # fmt: skip
 
 
+# Batches and workers
+
+
+def test_batches_and_workers_change_nothing(rows, prepared, backbone, tmp_path, small_shards):
+    examples = [read_example(row) for row in rows]
+    alone = [
+        encode_tokens(backbone.model, backbone.processor.pixel_values([Letterbox(*e.source.size, 96).fit(e.source)]))
+        for e in examples
+    ]
+    assert torch.equal(torch.cat(alone), torch.tensor(prepared["input_tokens"][:]))
+    before = torch.get_rng_state()
+    for workers, batch_size in ((0, 1), (2, 1), (2, 2)):
+        directory = tmp_path / f"{workers}, {batch_size}"
+        assert same(prepare_dataset(rows, backbone, directory, batch_size=batch_size, workers=workers), prepared)
+    assert torch.equal(torch.get_rng_state(), before)  # what is trained next must not depend on it
+    with pytest.raises(ValueError, match="num_workers"):
+        prepare_dataset(rows, backbone, tmp_path / "-1", workers=-1)
+
+
+def test_a_picture_is_encoded_once_in_a_shard(tmp_path, backbone, encoded_pictures):
+    turns = [(noise(0), noise(1), None), (noise(1), noise(2), None), (noise(2), noise(2), None)]
+    session = prepare_dataset(pairs(tmp_path / "data", *turns), backbone, tmp_path / "once", batch_size=2)
+    assert encoded_pictures == [3]
+    single = [
+        prepare_dataset(pairs(tmp_path / f"{i}", turn), backbone, tmp_path / "each") for i, turn in enumerate(turns)
+    ]
+    for name in ("input_tokens", "target_tokens", "output_tokens"):
+        assert session[name][:] == [one[name][0] for one in single]
+
+
+def test_workers_end_with_a_killed_run(rows, backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "encode_tokens", lambda janus, pixels: time.sleep(60))
+    options = {"batch_size": 1, "workers": 2}
+    run = multiprocessing.get_context("fork").Process(
+        target=prepare_dataset, args=(rows, backbone, tmp_path), kwargs=options
+    )
+    run.start()
+    try:
+        give_up = time.monotonic() + 20
+        while len(workers := psutil.Process(run.pid).children()) < 2 and time.monotonic() < give_up:
+            time.sleep(0.05)
+        time.sleep(0.5)  # until they have read ahead as far as they may, and wait
+    finally:
+        run.kill()
+        run.join()
+    assert len(workers) == 2
+    left = psutil.wait_procs(workers, timeout=10)[1]
+    for worker in left:
+        worker.kill()
+    assert left == []
+
+
 # Bad records
 
 
@@ -229,13 +284,15 @@ def flawed(tmp_path):
     return sources.folder(data)
 
 
-def test_a_bad_record_stops(flawed, backbone, tmp_path):
-    with pytest.raises(BadRecord, match="sample_0001: source .*source.png"):
-        prepare_dataset(flawed, backbone, tmp_path / "prepared")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_record_stops(workers, flawed, backbone, tmp_path):
+    with pytest.raises(BadRecord, match="^sample_0001: source .*source.png"):
+        prepare_dataset(flawed, backbone, tmp_path / "prepared", batch_size=1, workers=workers)
 
 
-def test_bad_records_are_skipped_and_listed(flawed, backbone, tmp_path, caplog, small_shards):
-    dataset = prepare_dataset(flawed, backbone, tmp_path / "prepared", on_bad_record="skip")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_records_are_skipped_and_listed(workers, flawed, backbone, tmp_path, caplog, small_shards):
+    dataset = prepare_dataset(flawed, backbone, tmp_path / "prepared", on_bad_record="skip", workers=workers)
     assert dataset["key"][:] == ["sample_0000", "sample_0003"]
     assert "3 of 5 records were skipped" in caplog.text
     (folder,) = (tmp_path / "prepared").iterdir()

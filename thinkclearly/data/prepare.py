@@ -1,7 +1,8 @@
 """Photo pairs to the tokenized dataset that training reads: VQ codes of both pictures, and labels.
 
 Two steps. Encoding is expensive: it runs in shards of fixed size, shared out over processes, each written once and
-found again after an interruption. Labelling is cheap and follows from what encoding stored.
+found again after an interruption, while workers read the pictures of the next batches. Labelling is cheap and follows
+from what encoding stored.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import shutil
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -20,9 +26,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset, Features, Image, List, Value
+from PIL.Image import Image as Picture
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from thinkclearly.data.sources import BadRecord, read_example
+from thinkclearly.files import write_json
 from thinkclearly.images import Letterbox, patch_difference
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.backbone import Backbone, codebook_hash, encode_tokens
@@ -30,6 +39,8 @@ from thinkclearly.models.backbone import Backbone, codebook_hash, encode_tokens
 logger = logging.getLogger(__name__)
 
 SHARD_SIZE = 1024  # pairs per shard; fixed, so that any number of processes gives the same batches
+CPU_PIXELS = 384**2  # that a CPU encodes at once: more is no faster, and takes memory (0.4 GB for 384 x 384)
+GPU_WORKERS = 4  # for one process; a core reads about 25 photographs of a megapixel a second, less if they are PNG
 INFO_FILE = "preparation.json"
 LABEL_RULES = ("tokens", "pixels", "mask")
 ENCODED = Features(
@@ -76,6 +87,7 @@ def prepare_dataset(
     pixel_tolerance: int = 16,
     batch_size: int = 16,
     on_bad_record: str = "error",
+    workers: int | None = None,
 ) -> Dataset:
     """Tokenizes and labels photo pairs.
 
@@ -86,7 +98,12 @@ def prepare_dataset(
             `"pixels"`: no channel of the patch's pixels differs by more than `pixel_tolerance`; `"mask"`: the human
             mask leaves the patch alone.
         pixel_tolerance: of 255.
+        batch_size: pairs that are read and encoded at once; a CPU encodes large pictures in smaller portions. A
+            picture that comes again within a shard is encoded once.
         on_bad_record: `"error"` stops at the first bad record, `"skip"` leaves it out and lists it.
+        workers: processes that decode, square and compare pictures while the encoder runs; 0 does it in between. If
+            not given, none beside an encoder on the CPU, whose cores are busy, and `GPU_WORKERS` otherwise. The
+            result is the same for any number.
 
     Returns:
         Dataset with `key`, `instruction`, `input_tokens` (N codes of the source), `output_tokens` (N classes),
@@ -95,20 +112,34 @@ def prepare_dataset(
     """
     if on_bad_record not in ("error", "skip"):
         raise ValueError(f"on_bad_record={on_bad_record!r}; choose 'error' or 'skip'")
+    if workers is None:
+        workers = 0 if backbone.model.model.vqmodel.device.type == "cpu" else GPU_WORKERS
     info = _describe(backbone)
     folder = Path(directory) / _fingerprint(rows, backbone, info)
     folder.mkdir(parents=True, exist_ok=True)
     state = PartialState()
     count = max(1, -(-len(rows) // SHARD_SIZE))
-    mine = [
-        (index, range(index * SHARD_SIZE, min(len(rows), (index + 1) * SHARD_SIZE)))
+    shards = {
+        _shard_path(folder, index, count): range(index * SHARD_SIZE, min(len(rows), (index + 1) * SHARD_SIZE))
         for index in range(state.process_index, count, state.num_processes)
-    ]
-    pairs = sum(len(numbers) for _, numbers in mine)
-    with tqdm(total=pairs, desc="tokenize", unit="pair", disable=not state.is_main_process) as bar:
-        for index, numbers in mine:
-            path = _shard_path(folder, index, count)
-            _encode_shard(rows.select(numbers), backbone, path, batch_size, on_bad_record, bar)
+    }
+    missing = {path: numbers for path, numbers in shards.items() if not path.is_dir()}
+    # Batches end where shards do, and one loader serves all shards: workers start once, and read on during a write.
+    batches = {path: [n[i : i + batch_size] for i in range(0, len(n), batch_size)] for path, n in missing.items()}
+    order = [batch for shard in batches.values() for batch in shard]
+    loader = DataLoader(
+        rows,
+        batch_sampler=order,
+        collate_fn=partial(_read_batch, size=info.image_size, grid=backbone.processor.grid),
+        worker_init_fn=_end_with_parent,
+        num_workers=min(workers, max(0, len(order) - 1)),  # a batch alone has nothing to run beside
+        generator=torch.Generator(),  # or else it draws from the global one, which training reads
+    )
+    with tqdm(total=_pairs(shards), desc="tokenize", unit="pair", disable=not state.is_main_process) as bar:
+        bar.update(_pairs(shards) - _pairs(missing))
+        reader = iter(loader)
+        for path, parts in batches.items():
+            _encode_shard(islice(reader, len(parts)), backbone, path, on_bad_record, bar)
     state.wait_for_everyone()
     skipped = []
     for index in range(count):
@@ -178,34 +209,80 @@ def unchanged(batch: dict, rule: str, tolerance: int) -> np.ndarray:
     return ~np.stack(batch["mask_tokens"]).astype(bool)
 
 
-def _encode_shard(rows: Dataset, backbone: Backbone, path: Path, batch_size: int, on_bad_record: str, bar) -> None:
-    """Writes one shard, under its name only when complete; a shard that is there is left alone."""
-    if path.is_dir():
-        bar.update(len(rows))
-        return
+def _pairs(shards: Mapping[Path, range]) -> int:
+    return sum(map(len, shards.values()))
+
+
+def _end_with_parent(worker: int) -> None:
+    """Ends a worker once its parent is killed: waiting to hand over pictures, it would not notice."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@dataclass
+class _Pair:
+    """What encoding needs of a row, and what is stored with the codes."""
+
+    row: dict  # key, instruction, source
+    squares: tuple[Picture, Picture]
+    digests: list[bytes]  # of the squares' pixels
+    pixel_difference: np.ndarray  # (N,) uint8, largest of each patch
+    mask_tokens: np.ndarray | None  # (N,) bool
+
+
+def _read_batch(rows: Sequence[Mapping], size: int, grid: int) -> list[_Pair | str]:
+    """Pairs of the rows; for a row that cannot be used, why. Runs in workers, so it knows no model."""
+    return [_read_pair(row, size, grid) for row in rows]
+
+
+def _read_pair(row: Mapping, size: int, grid: int) -> _Pair | str:
+    try:
+        example = read_example(row)
+    except BadRecord as error:
+        return str(error)
+    box = Letterbox(*example.source.size, size)
+    squares = box.fit(example.source), Letterbox(*example.target.size, size).fit(example.target)
+    return _Pair(
+        {name: row[name] for name in ("key", "instruction", "source")},
+        squares,
+        [hashlib.sha256(square.tobytes()).digest() for square in squares],
+        patch_difference(*squares, grid).ravel(),
+        None if example.mask is None else box.fit_mask(example.mask, grid).ravel(),
+    )
+
+
+def _encode_shard(
+    batches: Iterable[list[_Pair | str]], backbone: Backbone, path: Path, on_bad_record: str, bar
+) -> None:
+    """Writes one shard, under its name only when complete."""
     columns, skipped = {name: [] for name in ENCODED}, []
-    for batch in rows.iter(batch_size):
-        kept, pictures = [], []
-        for row in [dict(zip(batch, values)) for values in zip(*batch.values())]:
-            try:
-                pictures.append(_fit(read_example(row), backbone))
-                kept.append(row)
-            except BadRecord as error:
-                if on_bad_record == "error":
-                    raise
-                skipped.append(str(error))
-        bar.update(len(batch["key"]))
-        if not kept:
-            continue
-        squares = [square for pair in pictures for square in pair[:2]]
-        pixels = backbone.processor.pixel_values(squares).to(backbone.model.model.vqmodel.device)
-        tokens = encode_tokens(backbone.model, pixels).cpu().view(len(kept), 2, -1).numpy()
-        columns["input_tokens"] += list(tokens[:, 0])
-        columns["target_tokens"] += list(tokens[:, 1])
-        columns["pixel_difference"] += [pair[2] for pair in pictures]
-        columns["mask_tokens"] += [pair[3] for pair in pictures]
-        for name in ("key", "instruction", "source"):
-            columns[name] += [row[name] for row in kept]
+    # In a session of several turns, a turn's target is the next one's source. Kept for one shard, not for all of a
+    # process's, so that batches are the same for any number of processes.
+    codes: dict[bytes, np.ndarray] = {}
+    for batch in batches:
+        pairs = [item for item in batch if isinstance(item, _Pair)]
+        bad = [item for item in batch if isinstance(item, str)]
+        if bad and on_bad_record == "error":
+            raise BadRecord(bad[0])
+        skipped += bad
+        new = {name: square for pair in pairs for name, square in zip(pair.digests, pair.squares) if name not in codes}
+        if new:
+            pixels = backbone.processor.pixel_values(list(new.values())).to(backbone.model.model.vqmodel.device)
+            at_once = max(1, CPU_PIXELS // pixels[0, 0].numel()) if pixels.device.type == "cpu" else len(pixels)
+            tokens = torch.cat([encode_tokens(backbone.model, part) for part in pixels.split(at_once)])
+            codes.update(zip(new, tokens.cpu().numpy()))
+        for pair in pairs:
+            for name, value in pair.row.items():
+                columns[name].append(value)
+            for name, digest in zip(("input_tokens", "target_tokens"), pair.digests):
+                columns[name].append(codes[digest])
+            columns["pixel_difference"].append(pair.pixel_difference)
+            columns["mask_tokens"].append(pair.mask_tokens)
+        bar.update(len(batch))
     temporary = path.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with _no_bars():
@@ -224,17 +301,6 @@ def _no_bars():
     finally:
         if shown:
             datasets.enable_progress_bars()
-
-
-def _fit(example, backbone: Backbone):
-    """Square source and target, largest pixel difference of each patch (N,) uint8, and the mask's patches or None."""
-    processor = backbone.processor
-    box = Letterbox(*example.source.size, processor.image_size)
-    source = box.fit(example.source)
-    target = Letterbox(*example.target.size, processor.image_size).fit(example.target)
-    largest = patch_difference(source, target, processor.grid).ravel()
-    mask = None if example.mask is None else box.fit_mask(example.mask, processor.grid).ravel()
-    return source, target, largest, mask
 
 
 def _describe(backbone: Backbone) -> Preparation:
@@ -256,10 +322,3 @@ def _fingerprint(rows: Dataset, backbone: Backbone, info: Preparation) -> str:
 
 def _shard_path(folder: Path, index: int, count: int) -> Path:
     return folder / f"shard-{index:05d}-of-{count:05d}"
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes a file that is never seen half done."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
