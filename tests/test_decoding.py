@@ -17,11 +17,6 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def expected(golden):
-    return load_file(golden / "expected.safetensors")
-
-
-@pytest.fixture(scope="module")
 def prompts(golden):
     return json.loads((golden / "prompts.json").read_text(encoding="utf-8"))
 
@@ -202,6 +197,20 @@ def test_what_is_copied_costs_one_pass_a_block(finetune, edits):
         assert decoded_in_blocks(finetune, edits[3], settings, block).passes == passes
 
 
+def test_the_source_draft_alone_takes_a_pass_for_each_token_that_is_not_the_sources(finetune, edits):
+    settings = DecodeSettings(temperature=0.0, jacobi=False)
+    gate = decoded_in_blocks(finetune, edits[3], settings, 1).gate
+    for bias in (-gate.median().item(), -gate.quantile(0.1).item()):
+        settings = replace(settings, clear_bias=bias)
+        one = decoded_in_blocks(finetune, edits[3], settings, 1)
+        whole = decoded_in_blocks(finetune, edits[3], settings, one.ids.shape[1])
+        assert torch.equal(whole.tokens, one.tokens) and torch.equal(whole.codes, one.codes)
+        wrong = one.tokens != edits[3][2]
+        assert whole.passes == max(int(row.sum()) + int(not row[-1]) for row in wrong)
+        guessed = decoded_in_blocks(finetune, edits[3], replace(settings, jacobi=True), one.ids.shape[1])
+        assert torch.equal(guessed.tokens, one.tokens) and guessed.passes <= whole.passes
+
+
 def test_without_copying_blocks_change_nothing_either(base, edits):
     """Text-to-image, and an untuned base, whose draft is the source's plain tokens."""
     for copy in (True, False):
@@ -210,3 +219,19 @@ def test_without_copying_blocks_change_nothing_either(base, edits):
         for block in (0, 7):
             many = decoded_in_blocks(base, edits[3], settings, block, copy=copy)
             assert torch.equal(many.tokens, one.tokens) and many.passes <= one.passes
+
+
+@pytest.mark.slow
+def test_a_compiled_language_model_gives_the_same_tokens(golden, edits):
+    """With dynamic shapes two graphs serve any prompt, block and place: the first pass and all others."""
+    pair = load_clear_model(golden / "finetune", base=golden / "checkpoint")
+    settings = DecodeSettings(temperature=0.0)
+    bias = -decoded_in_blocks(pair, edits[3], settings, 1).gate.median().item()
+    settings = replace(settings, clear_bias=bias)
+    plain = [decoded_in_blocks(pair, edits[3], settings, block) for block in (0, 5)]
+    torch._dynamo.reset()
+    pair[0].base.model.language_model.compile(dynamic=True)
+    for block, expected in zip((0, 5), plain):
+        found = decoded_in_blocks(pair, edits[3], settings, block)
+        assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.ids, expected.ids)
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 2

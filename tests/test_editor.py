@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import random
 
 import numpy as np
@@ -146,6 +147,18 @@ def test_a_base_without_head_edits_but_never_copies(base_editor, pictures, tmp_p
     result.save(tmp_path, trace=True)
     lines = [json.loads(line, parse_constant=pytest.fail) for line in open(tmp_path / "token_trace.jsonl")]
     assert {line["gate"] for line in lines} == {None}
+
+
+def test_raw_and_decoded_source_are_drawn_when_asked_for(editor, pictures, bias):
+    results = editor.edit_many(pictures[:2], INSTRUCTIONS[:2], num_images=2, clear_bias=bias)
+    assert not {"raw", "input_decoded"} & set(vars(results[0]))
+    alone = editor.edit(pictures[1], INSTRUCTIONS[1], clear_bias=bias)
+    assert largest_difference(results[2].raw, alone.raw) <= 1
+    for k in (2, 3):
+        assert largest_difference(results[k].input_decoded, alone.input_decoded) <= 1
+    assert results[2].raw is results[2].raw
+    copied = pickle.loads(pickle.dumps(results[3]))
+    assert copied.further is None and np.array_equal(copied.raw, results[3].raw)
 
 
 def test_saved_files_hold_the_result(editor, pictures, bias, tmp_path):

@@ -7,6 +7,7 @@ files or of how a table is printed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import mean
 
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from thinkclearly.bench.loops import seeds_loop, transformers_generate
-from thinkclearly.bench.measure import Run, now
+from thinkclearly.bench.measure import Run, now, weight_bytes
 from thinkclearly.bench.scripted import SHARES, SMALL_TOWERS, ScriptedModel, changed_patches, random_model
 from thinkclearly.decoding.engine import DecodeSettings, decode
 from thinkclearly.editing.composite import composite
@@ -26,7 +27,12 @@ from thinkclearly.models.prompt import FULL, PART, UNCOND
 SEEDS, TRANSFORMERS = "the seeds' loop", "transformers' generate"
 SEQUENTIAL, DRAFT, ADAPTIVE = "ours, one by one", "ours, source draft alone", "ours, adaptive block"
 LONG = 64
-BLOCKS = {SEQUENTIAL: 1, f"ours, block {LONG}": LONG, ADAPTIVE: 0}
+DECODERS = {
+    SEQUENTIAL: {"block": 1},
+    DRAFT: {"jacobi": False},
+    f"ours, block {LONG}": {"block": LONG},
+    ADAPTIVE: {},
+}
 
 # Width and depth matter to the clock alone: passes are counted on a model that is small enough for many seeds.
 COUNTING = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -53,19 +59,19 @@ def seeds_edit(editor: Editor, picture: Image.Image, instruction: str) -> Run:
         n = processor.num_image_tokens
         ids, tokens = seeds_loop(model, embeds, n, source_tokens=source_tokens[0], **sampling(editor))
         decoded = now(device)
-        tokens = torch.stack([torch.tensor(tokens, device=device), source_tokens[0]])
-        edited, _ = (box.unfit(to_image(picture)) for picture in decode_tokens(model.base, tokens).cpu())
+        tokens = torch.tensor(tokens, device=device).unsqueeze(0)
+        edited = box.unfit(to_image(decode_tokens(model.base, tokens)[0].cpu()))
     clear = model.vocabulary.is_instruction(torch.tensor(ids)).view(processor.grid, -1).numpy()
     composite(source, edited, clear, box, editor.settings.feather_radius_px, editor.settings.feather)
     return Run(now(device) - start, decoded - encoded, n)
 
 
 def edit_rows(editor: Editor, edits: list[tuple[Image.Image, str]]) -> dict[str, Callable[[], Run]]:
-    """The given edits, one after the other: by the seeds' loop, and by ours for each of `BLOCKS`."""
+    """The given edits, one after the other: by the seeds' loop, and by each of `DECODERS`."""
 
-    def ours(block: int) -> Run:
+    def ours(settings: dict) -> Run:
         start = now(editor.model.device)
-        results = [editor.edit(picture, words, block=block) for picture, words in edits]
+        results = [editor.edit(picture, words, **settings) for picture, words in edits]
         seconds = now(editor.model.device) - start
         return Run(seconds, sum(r.seconds["decode"] for r in results), mean(r.passes for r in results))
 
@@ -73,7 +79,7 @@ def edit_rows(editor: Editor, edits: list[tuple[Image.Image, str]]) -> dict[str,
         runs = [seeds_edit(editor, picture, words) for picture, words in edits]
         return Run(sum(r.seconds for r in runs), sum(r.decode for r in runs), mean(r.passes for r in runs))
 
-    return {SEEDS: theirs} | {name: lambda block=block: ours(block) for name, block in BLOCKS.items()}
+    return {SEEDS: theirs} | {name: partial(ours, settings) for name, settings in DECODERS.items()}
 
 
 def script_edit(editor: Editor, instruction: str, share: float) -> None:
@@ -98,7 +104,7 @@ def scripted_rows(editor: Editor, edit: tuple[Image.Image, str], shares=SHARES) 
 
 
 def draw_rows(editor: Editor, prompts: list[str]) -> dict[str, Callable[[], Run]]:
-    """Text-to-image, tokens only: by the seeds' loop, transformers, and ours for each of `BLOCKS`."""
+    """Text-to-image, tokens only: by the seeds' loop, transformers, and each of `DECODERS` that needs no source."""
     model, processor, n = editor.model, editor.processor, editor.processor.num_image_tokens
     if isinstance(model, ScriptedModel):
         model.script(torch.ones(1, dtype=torch.bool), 0)  # everything is painted
@@ -118,8 +124,8 @@ def draw_rows(editor: Editor, prompts: list[str]) -> dict[str, Callable[[], Run]
 
         return run
 
-    def ours(block: int):
-        settings = DecodeSettings(block=block, **weights)
+    def ours(options: dict):
+        settings = DecodeSettings(**options, **weights)
 
         def draw(prompt: str) -> int:
             mask, embeds = rows_of(prompt)
@@ -130,7 +136,7 @@ def draw_rows(editor: Editor, prompts: list[str]) -> dict[str, Callable[[], Run]
     return {
         SEEDS: timed(lambda prompt: len(seeds_loop(model, rows_of(prompt)[1], n, **weights)[0])),
         TRANSFORMERS: timed(lambda prompt: len(transformers_generate(model.base, processor, prompt, **weights))),
-    } | {name: ours(block) for name, block in BLOCKS.items()}
+    } | {name: ours(options) for name, options in DECODERS.items() if name != DRAFT}
 
 
 def batch_rows(editor: Editor, edits: list[tuple[Image.Image, str]], sizes) -> dict[str, Callable[[], Run]]:
@@ -145,29 +151,34 @@ def batch_rows(editor: Editor, edits: list[tuple[Image.Image, str]], sizes) -> d
     return {str(size): lambda size=size: run(size) for size in sizes}
 
 
-def draft_passes(tokens: torch.Tensor, source_tokens: torch.Tensor) -> int:
-    """Passes that the source's tokens (N,) need as the only draft of `tokens` (N,), however long a block may be.
-
-    A pass ends with the first token that is not the source's, which it has computed; the last one may end with none.
-    """
-    wrong = tokens != source_tokens
-    return int(wrong.sum()) + int(not wrong[-1])
-
-
 def acceptance(editor: Editor, edits: list[tuple[Image.Image, str]]) -> list[dict]:
     """What the model's own gate gives: per edit the shares that changed, and passes by each decoder."""
     rows = []
     for picture, words in edits:
-        result = editor.edit(picture, words)
+        result, draft = (editor.edit(picture, words, **DECODERS[name]) for name in (ADAPTIVE, DRAFT))
         rows.append(
             {
                 "painted": 1 - float(editor.model.vocabulary.is_instruction(result.ids).float().mean()),
                 "changed": float((result.tokens != result.source_tokens).float().mean()),
-                "draft_passes": draft_passes(result.tokens, result.source_tokens),
+                "draft_passes": draft.passes,
                 "passes": result.passes,
             }
         )
     return rows
+
+
+def precisions(editors: dict[str, Editor], edits: list[tuple[Image.Image, str]]) -> dict[str, dict]:
+    """What other weights of a model change against the first one's: shares of tokens and of copy decisions."""
+    found, first = {}, None
+    for name, editor in editors.items():
+        results = [editor.edit(*edit) for edit in edits]
+        tokens = torch.stack([result.tokens for result in results])
+        copied = torch.stack([editor.model.vocabulary.is_instruction(result.ids) for result in results])
+        first = first or (tokens, copied)
+        changed = [float((mine != theirs).float().mean()) for mine, theirs in zip((tokens, copied), first)]
+        size = weight_bytes(editor.model.base.model.language_model)
+        found[name] = dict(zip(("tokens", "decisions"), changed)) | {"bytes": size}
+    return found
 
 
 def count_passes(seeds: int, tick: Callable[[], None], grid: int = 24, levels=LEVELS, blocks=(0, LONG)) -> list[dict]:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers.utils import is_bitsandbytes_available
 
 from thinkclearly import jobs, load_editor
 from thinkclearly.bench import cases
@@ -24,6 +25,8 @@ from thinkclearly.config import DTYPES, RecipeParser, check_choice, option
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.data.sources import TEST_OFFSET
 from thinkclearly.editing.editor import Editor
+from thinkclearly.files import write_json, write_text
+from thinkclearly.models.quantization import quantization
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
             results["passes"] = cases.count_passes(arguments.seeds, bar.update)
     results["targets"] = targets(results)
     output = Path(arguments.output_dir)
-    jobs.write_json(output / "decoding.json", results)
-    jobs.write_text(output / "decoding.md", render(results))
+    write_json(output / "decoding.json", results)
+    write_text(output / "decoding.md", render(results))
     logger.info("%s: decoding.md, decoding.json", output)
 
 
@@ -102,15 +105,23 @@ def tiny_case(name: str, arguments: BenchArguments, device: torch.device, tick: 
     drawn = interleaved(cases.draw_rows(editor, prompts), arguments.rounds, tick)
     batches = interleaved(cases.batch_rows(editor, edits, _powers(len(edits))), arguments.rounds, tick)
     accepted = cases.acceptance(editor, edits)
+    other = {"float32": editor, "bfloat16": load_editor(str(TRAINED), device=device, dtype=torch.bfloat16)}
+    if is_bitsandbytes_available():
+        for bits in (8, 4):
+            config = quantization(bits, torch.float32)
+            other[f"{bits} bits"] = load_editor(str(TRAINED), device=device, quantization_config=config)
+    rows = {name: cases.edit_rows(each, timed)[cases.ADAPTIVE] for name, each in other.items()}
+    precise = summary(interleaved(rows, arguments.rounds, tick), "float32")
+    changed = cases.precisions(other, edits)
     return {
         "title": f"{TITLES[name]} ({editor.processor.num_image_tokens} tokens)",
         "scripted": False,
         "tokens": editor.processor.num_image_tokens,
         "edits": summary(runs, cases.SEEDS),
-        "draft_passes": {cases.DRAFT: mean(row["draft_passes"] for row in accepted[: len(timed)])},
         "draw": summary(drawn, cases.SEEDS),
         "acceptance": accepted,
         "batches": summary(batches, "1"),
+        "precisions": {name: precise[name] | changed[name] for name in other},
         "profile": cases.where_time_goes(editor, timed[0]),
     }
 

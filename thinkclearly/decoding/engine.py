@@ -17,12 +17,15 @@ import torch.nn.functional as F
 
 from thinkclearly.config import option
 from thinkclearly.decoding.cache import BlockCache, masked_attention
-from thinkclearly.decoding.guidance import gate_log_odds, guide, row_weights
+from thinkclearly.decoding.guidance import guide, row_weights
 from thinkclearly.decoding.sampling import draw, gumbel_noise, warpers
+from thinkclearly.instructions import gate_log_odds
 from thinkclearly.models.backbone import positions, token_embeddings
 from thinkclearly.models.clear_head import ClearEditModel
 
-MIN_BLOCK, MAX_BLOCK = 16, 64  # positions of an adaptive block
+# Positions of an adaptive block: this many times what a sample got through on average, so that it grows while the
+# draft holds, but neither more nor less than these.
+GROWTH, MIN_BLOCK, MAX_BLOCK = 2.5, 8, 64
 SHRINK = 0.75  # the cache is copied without the finished samples once no more than this share goes on
 # Log-odds of copying at which a mistake costs the same either way: a false CLEAR leaves a hole in the edit, a missed
 # one costs exactness.
@@ -50,6 +53,10 @@ class DecodeSettings:
     top_p: float = option(1.0, "Sample from the smallest set of codes with this probability mass.")
     use_cfg: bool = option(True, "Guidance; without it only the full row is decoded.")
     block: int = option(0, "Positions that one pass checks; 0 adapts, 1 decodes one by one. The tokens are the same.")
+    jacobi: bool = option(
+        True,
+        "Guess edited codes from the pass before; without it only the source is a draft. The tokens are the same.",
+    )
 
     def __post_init__(self):
         if self.guidance not in ("factorised", "joint"):
@@ -136,7 +143,7 @@ def decode(
 
     done, accepted = [0] * count, []
     cached = list(range(count))  # samples that have rows in the cache
-    length = min(settings.block or MIN_BLOCK, longest)
+    length = shortest = min(settings.block or _shortest(num_tokens, source_tokens is not None, device), longest)
     while cached:
         live = torch.tensor(cached, device=device).unsqueeze(1)
         starts = [done[k] for k in cached]
@@ -162,20 +169,23 @@ def decode(
             spread = spread.repeat_interleave(per_prompt, dim=0).flatten()
             cache.keep(spread)
             places, hidden = places[spread], hidden[spread]
-        for buffer, value in zip((ids, tokens, codes, gate, kept), choose(hidden, live, index)):
+        new_ids, new_tokens, *others = choose(hidden, live, index)
+        # A position is final when everything before it was what has been fed; its own draft need not have been right.
+        agreed = (new_tokens == draft)[:, :-1].long().cumprod(1).sum(1)
+        if not settings.jacobi:
+            new_tokens = torch.where(torch.arange(length, device=device) <= agreed.unsqueeze(1), new_tokens, draft)
+        for buffer, value in zip((ids, tokens, codes, gate, kept), (new_ids, new_tokens, *others)):
             if buffer is not None:
                 buffer[live, index] = value
-        # A position is final when everything before it was what has been fed; its own draft need not have been right.
-        agreed = (tokens[live, index] == draft)[:, :-1].long().cumprod(1).sum(1).tolist()
         fresh = [0] * count
-        for k, n in zip(cached, agreed):
+        for k, n in zip(cached, agreed.tolist()):
             fresh[k] = min(1 + n, num_tokens - done[k])
             done[k] += fresh[k]
         accepted.append(fresh)
         if on_step is not None:
             on_step(min(done))
         if not settings.block:
-            length = _next_length(fresh, longest)
+            length = _next_length(fresh, shortest, longest)
         going = [k for k in cached if done[k] < num_tokens]
         if len(going) <= SHRINK * len(cached):
             stay = torch.tensor([k in going for k in cached], device=device).repeat_interleave(rows)
@@ -186,14 +196,20 @@ def decode(
     return Decoded(ids, tokens, codes, gate, len(accepted), accepted, kept)
 
 
-def _next_length(fresh: list[int], longest: int) -> int:
-    """Twice as many positions as a sample got through on average: doubling while the draft holds.
+def _shortest(num_tokens: int, with_source: bool, device: torch.device) -> int:
+    """On a CPU every position costs; an accelerator reads the weights once a pass, whatever the block's length.
 
-    The luckiest sample's number would need fewer passes, but most of what they compute would be thrown away. Below
-    `MIN_BLOCK` a pass hardly gets cheaper, and guesses that were nearly right would be lost.
+    With a source at least a row of the grid, so that what lies under an edited patch is guessed in the same pass.
     """
+    if device.type != "cpu":
+        return MAX_BLOCK
+    return max(2 * MIN_BLOCK, math.isqrt(num_tokens)) if with_source else MIN_BLOCK
+
+
+def _next_length(fresh: list[int], shortest: int, longest: int) -> int:
+    """The luckiest sample's number would need fewer passes, but most of what they compute would be thrown away."""
     going = [n for n in fresh if n]
-    return min(max(MIN_BLOCK, math.ceil(2 * sum(going) / len(going))), longest)
+    return min(max(shortest, math.ceil(GROWTH * sum(going) / len(going))), longest)
 
 
 class _Chooser:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +53,9 @@ class EditResult:
 
     Attributes:
         image: the composite; every pixel of a CLEAR patch is the source's, byte for byte.
-        raw: what the model would have drawn everywhere, CLEAR ignored.
         token_composite: the decoded tokens with the source's codes where CLEAR was chosen.
-        input_decoded: the source through the tokenizer and back.
+        raw: what the model would have drawn everywhere, CLEAR ignored; decoded when first asked for.
+        input_decoded: the source through the tokenizer and back; decoded when first asked for.
         source: the picture that was edited.
         mask: mode "L", 255 where the patch is CLEAR, before smoothing.
         ids: long (N,), classes; K and above are instruction tokens.
@@ -68,9 +69,7 @@ class EditResult:
     """
 
     image: Image.Image
-    raw: Image.Image
     token_composite: Image.Image
-    input_decoded: Image.Image
     source: Image.Image
     mask: Image.Image
     ids: torch.Tensor
@@ -88,6 +87,19 @@ class EditResult:
     passes: int = 0
     accepted: list[int] = field(default_factory=list)
     seconds: dict = field(default_factory=dict)
+    further: Callable[[str], Image.Image] | None = field(default=None, repr=False)
+
+    @cached_property
+    def raw(self) -> Image.Image:
+        return self.further("codes")
+
+    @cached_property
+    def input_decoded(self) -> Image.Image:
+        return self.further("source_tokens")
+
+    def __getstate__(self) -> dict:
+        """A copy or a pickle has all pictures, and not the model that would draw them."""
+        return vars(self) | {"raw": self.raw, "input_decoded": self.input_decoded, "further": None}
 
     def copy_matching_tokens(self) -> Image.Image:
         """What needs no CLEAR: the raw picture, with source pixels wherever its code equals the source's."""
@@ -223,10 +235,11 @@ class Editor:
             on_step=None if progress is None else lambda done: progress(done, n),
         )
         clock.lap("decode")
-        pictures = [_to_images(self.model, t) for t in (decoded.codes, decoded.tokens, source_tokens)]
+        drawn = _to_images(self.model, decoded.tokens)
         clock.lap("pictures")
+        further = _Further(self.model, {"codes": decoded.codes, "source_tokens": source_tokens})
         results = [
-            self._result(k, i, decoded, source_tokens[i], pictures, sources[i], boxes[i], settings)
+            self._result(k, i, decoded, source_tokens[i], drawn[k], further, sources[i], boxes[i], settings)
             for k, i in enumerate(owner)
         ]
         clock.lap("composite")
@@ -235,17 +248,15 @@ class Editor:
             result.seconds = clock.laps
         return results
 
-    def _result(self, k, i, decoded: Decoded, source_tokens, pictures, source, box: Letterbox, settings) -> EditResult:
-        grid = self.processor.grid
-        raw, token_composite, input_decoded = pictures[0][k], pictures[1][k], pictures[2][i]
+    def _result(
+        self, k, i, decoded: Decoded, source_tokens, drawn, further: _Further, source, box: Letterbox, settings
+    ) -> EditResult:
+        grid, token_composite, place = self.processor.grid, box.unfit(drawn), {"codes": k, "source_tokens": i}
         chosen = self.model.vocabulary.is_instruction(decoded.ids[k]).view(grid, grid).cpu().numpy()
         clear = smooth_mask(chosen, settings.mask_smooth_ksize, settings.mask_smooth_passes)
-        raw, token_composite, input_decoded = (box.unfit(p) for p in (raw, token_composite, input_decoded))
         return EditResult(
             image=composite(source, token_composite, clear, box, settings.feather_radius_px, settings.feather),
-            raw=raw,
             token_composite=token_composite,
-            input_decoded=input_decoded,
             source=source,
             mask=Image.fromarray(np.uint8(box.unfit_grid(chosen)) * 255),
             ids=decoded.ids[k].cpu(),
@@ -262,6 +273,7 @@ class Editor:
             settings=asdict(settings),
             passes=decoded.passes,
             accepted=[each[k] for each in decoded.accepted],
+            further=lambda kind: box.unfit(further(kind)[place[kind]]),
         )
 
     @torch.inference_mode()
@@ -356,6 +368,18 @@ def _check_count(name: str, value: int) -> None:
 
 def _to_images(model: ClearEditModel, tokens: torch.Tensor) -> list[Image.Image]:
     return [to_image(pixels) for pixels in decode_tokens(model.base, tokens).cpu()]
+
+
+class _Further:
+    """Pictures that few ask for, decoded for the whole batch when the first of a kind is."""
+
+    def __init__(self, model: ClearEditModel, tokens: dict[str, torch.Tensor]):
+        self.model, self.tokens, self.pictures = model, {kind: t.cpu() for kind, t in tokens.items()}, {}
+
+    def __call__(self, kind: str) -> list[Image.Image]:
+        if kind not in self.pictures:
+            self.pictures[kind] = _to_images(self.model, self.tokens[kind].to(self.model.device))
+        return self.pictures[kind]
 
 
 class _Clock:
