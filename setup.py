@@ -27,7 +27,7 @@ setup(
         "scikit-image>=0.24",
         "scikit-learn>=1.5",
         "scipy>=1.13",
-        "torch>=2.6",
+        "torch>=2.9",
         "torchmetrics>=1.7",
         "tqdm>=4.66",
         "transformers>=5.23",

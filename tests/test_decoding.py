@@ -221,6 +221,13 @@ def test_without_copying_blocks_change_nothing_either(base, edits):
             assert torch.equal(many.tokens, one.tokens) and many.passes <= one.passes
 
 
+def test_infinite_weights_and_biases_are_refused():
+    for name in ("cfg_weight", "cfg_weight2", "clear_bias"):
+        for value in (float("inf"), float("-inf"), float("nan")):
+            with pytest.raises(ValueError, match=f"{name}={value}; expected a finite number"):
+                DecodeSettings(**{name: value})
+
+
 @pytest.mark.slow
 def test_a_compiled_language_model_gives_the_same_tokens(golden, edits):
     """With dynamic shapes two graphs serve any prompt, block and place: the first pass and all others."""

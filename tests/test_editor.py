@@ -157,6 +157,7 @@ def test_raw_and_decoded_source_are_drawn_when_asked_for(editor, pictures, bias)
     for k in (2, 3):
         assert largest_difference(results[k].input_decoded, alone.input_decoded) <= 1
     assert results[2].raw is results[2].raw
+    assert results[2].further is None and results[3].further is not None, "the model may go once all is drawn"
     copied = pickle.loads(pickle.dumps(results[3]))
     assert copied.further is None and np.array_equal(copied.raw, results[3].raw)
 

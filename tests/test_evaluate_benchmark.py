@@ -209,6 +209,17 @@ def test_results_of_other_settings_do_not_mix(output, model, archive, caplog):
     assert "holds edits made with" in caplog.text and "temperature" in caplog.text
 
 
+def test_a_quantized_run_is_not_the_models_own_result(model, pie, towers, tmp_path, caplog):
+    pytest.importorskip("bitsandbytes")
+    shared = model / "benchmarks/pie-bench.json"
+    shared.unlink(missing_ok=True)
+    argv = ["pie-bench", "--model", model, "--path", pie, *towers]
+    assert run(*argv, "--output_dir", tmp_path / "small", "--load_in_8bit", "true") == 0 and not shared.exists()
+    assert run(*argv, "--output_dir", tmp_path / "whole") == 0 and shared.exists()
+    assert run(*argv, "--output_dir", tmp_path / "whole", "--load_in_8bit", "true") == 1
+    assert "holds edits made with load_in_8bit=None (now True)" in caplog.text
+
+
 def test_a_part_is_called_a_part_and_goes_on_no_card(output, model, archive):
     argv = ["magicbrush", "--model", model, "--path", archive, "--output_dir", output]
     before = read(model / "benchmarks", "magicbrush.json")

@@ -105,6 +105,9 @@ def test_what_cannot_be_cached_is_refused(cached, tmp_path):
     (model, processor), rows, _ = cached
     with pytest.raises(ValueError, match="no pictures; leave cache_features out"):
         features.cache_features([rows.remove_columns("source")], model, processor, tmp_path)
+    for nothing in (None, {"bytes": None, "path": None}):
+        with pytest.raises(BadRecord, match="record 0: no source picture; leave cache_features out"):
+            features.FeatureCache(tmp_path).path({"key": "record 0", "source": nothing})
     next(model.base.model.vision_model.parameters()).requires_grad_(True)
     with pytest.raises(ValueError, match="vision tower is trained"):
         features.cache_features([rows], model, processor, tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,6 +22,13 @@ def test_the_new_file_takes_the_place_of_the_old(tmp_path):
     for text in ("old", "größer → neu"):
         write_text(tmp_path / "file.txt", text)
     assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["größer → neu"]
+
+
+def test_threads_that_write_the_same_file_do_not_meet(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: write_text(tmp_path / "file.txt", f"{i}\n" * 1000), range(200)))
+    lines = (tmp_path / "file.txt").read_text().splitlines()
+    assert len(lines) == 1000 and len(set(lines)) == 1 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_json_has_no_infinity(tmp_path):

@@ -23,10 +23,13 @@ def layers_below(model, kind):
 
 @pytest.mark.parametrize("bits, kind", [(8, "Linear8bitLt"), (4, "Linear4bit")])
 def test_towers_and_heads_stay_what_they_were(bits, kind):
-    plain = load_backbone("tiny").model
-    model = load_backbone("tiny", quantization_config=quantization(bits, torch.float32)).model
+    plain, config = load_backbone("tiny").model, quantization(bits, torch.float32)
+    model = load_backbone("tiny", quantization_config=config, device="cpu").model
+    assert config.llm_int8_skip_modules is None, "the caller's own stays as it was"
     linear = {name for name in layers_below(plain, "Linear") if "language_model.layers" in name}
     assert layers_below(model, kind) == linear and linear
+    by_dict = load_backbone("tiny", quantization_config={f"load_in_{bits}bit": True}).model
+    assert layers_below(by_dict, kind) == linear
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.equal(encode_tokens(model, pixels), encode_tokens(plain, pixels))
     assert torch.equal(image_features(model, pixels), image_features(plain, pixels))

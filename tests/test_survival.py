@@ -62,9 +62,11 @@ def launch(folder):
 
 def events(folder):
     """What a run has come to so far: files that it has made, as they appear, and the progress in its log."""
-    paths = (path.relative_to(folder) for path in folder.rglob("*"))
-    # datasets draws the names of its temporary files, and locks are named by where they are.
-    files = {str(path) for path in paths if path.name[:3] != "tmp" and path.suffix != ".lock"}
+    # os.walk, since folders are renamed and removed meanwhile.
+    paths = (Path(parent, name).relative_to(folder) for parent, *names in os.walk(folder) for name in sum(names, []))
+    # datasets draws the names of its temporary files, and locks are named by where they are; ours are numbered.
+    kept = (str(path) for path in paths if path.name[:3] != "tmp" and path.suffix != ".lock")
+    files = {re.sub(r"\.[0-9a-f]{32}\.tmp$", ".tmp", path) for path in kept}
     log = (folder / "log").read_text(encoding="utf-8", errors="replace")
     return files | set(re.findall(rf"tokenize: +\d+%|\b\d+/{STEPS} \[", log))
 

@@ -100,12 +100,12 @@ def edit(argv: list[str] | None = None) -> None:
 def _edit_many(arguments: EditArguments, settings: dict) -> None:
     with PartialState().main_process_first():
         items, skipped = read_items(arguments.input, arguments.instruction, arguments.split, arguments.on_bad_record)
-    names = ("input", "split", "model", "base", "dtype", "seed", "num_images")
+    names = ("input", "split", "seed", "num_images")
     report = edit_items(
         _load(arguments, _load_finetune),
         items,
         arguments.output_dir,
-        run={name: getattr(arguments, name) for name in names} | settings,
+        run=_weights(arguments) | {name: getattr(arguments, name) for name in names} | settings,
         skipped=skipped,
         batch_size=arguments.batch_size,
         num_images=arguments.num_images,
@@ -153,8 +153,7 @@ def evaluate(argv: list[str] | None = None) -> None:
     if any(word.split("=")[0] == "--benchmark" for word in argv) or argv[:1] and argv[0].endswith((".yaml", ".yml")):
         options = [LoadArguments, BenchmarkArguments, jobs.SettingOverrides]
         model, arguments, overrides = RecipeParser(options, prog="thinkclearly evaluate").parse(argv)
-        names = {name: getattr(model, name) for name in ("model", "base", "dtype")}
-        run_benchmark(_load(model, _load_finetune), arguments, names, jobs.given(overrides))
+        run_benchmark(_load(model, _load_finetune), arguments, _weights(model), jobs.given(overrides))
         return
     if len(argv) != 1 or argv[0].startswith("-"):
         usage = (
@@ -277,6 +276,13 @@ def _load(arguments: LoadArguments, load) -> Editor:
     if arguments.base:
         options["base"] = arguments.base
     return Editor(*load(arguments.model, **options))
+
+
+def _weights(arguments: LoadArguments) -> dict:
+    """What a folder of results has to say of the weights that it came from."""
+    names = ("model", "base", "dtype")
+    bits = {name: True for name in ("load_in_8bit", "load_in_4bit") if getattr(arguments, name)}
+    return {name: getattr(arguments, name) for name in names} | bits
 
 
 _load_finetune = partial(load_clear_model, merge=True)

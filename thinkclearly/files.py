@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +17,12 @@ from pathlib import Path
 def replacing(path: str | Path) -> Iterator[Path]:
     """A name beside `path` to write a file under, which becomes `path` when the block ends; its folder is made.
 
-    Where the block raises, what was written goes and `path` stays as it was. Processes that write the same file at
-    once do not meet: the last one counts.
+    Where the block raises, what was written goes and `path` stays as it was. Threads, processes and machines that
+    write the same file at once do not meet: the last one counts.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         temporary.replace(path)

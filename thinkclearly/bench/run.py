@@ -100,7 +100,7 @@ def tiny_case(name: str, arguments: BenchArguments, device: torch.device, tick: 
     editor = load_editor(str(TRAINED), device=device)
     scenes = [random_edit(SEED, TEST_OFFSET + i, packaged_photos("test")) for i in range(4 * arguments.edits)]
     edits = [(scene.render(editor.processor.image_size)[0], scene.instruction) for scene in scenes]
-    timed, prompts = edits[: arguments.edits], [scene.before.caption() for scene in scenes[: min(2, arguments.edits)]]
+    timed, prompts = edits[: arguments.edits], [scene.before.caption() for scene in scenes[: min(4, arguments.edits)]]
     runs = interleaved(cases.edit_rows(editor, timed), arguments.rounds, tick)
     drawn = interleaved(cases.draw_rows(editor, prompts), arguments.rounds, tick)
     batches = interleaved(cases.batch_rows(editor, edits, _powers(len(edits))), arguments.rounds, tick)

@@ -53,7 +53,9 @@ class FeatureCache:
 
     def path(self, row: dict) -> Path:
         """Where the features of a row's source picture are or will be."""
-        source = row["source"]
+        source = row["source"] or {}
+        if not (source.get("bytes") or source.get("path")):
+            raise BadRecord(f"{row['key']}: no source picture; leave cache_features out, or the record")
         try:
             content = source["bytes"] or Path(source["path"]).read_bytes()
         except OSError as error:

@@ -97,6 +97,8 @@ def load_table(path_or_id: str, split: str, streaming: bool = False) -> datasets
     local = Path(path_or_id)
     if local.suffix == ".parquet" and not local.is_file():
         raise FileNotFoundError(f"{local}: no such file. Check the path.")
+    if local.is_file() and local.suffix != ".parquet":
+        raise ValueError(f"{local}: not a table; expected a .parquet file, a folder or a data set on the Hub")
     if local.is_file():
         return datasets.load_dataset("parquet", data_files=str(local), split="train", streaming=streaming)
     return datasets.load_dataset(str(path_or_id), split=split, streaming=streaming)

@@ -113,7 +113,9 @@ def prepare_dataset(
     if on_bad_record not in ("error", "skip"):
         raise ValueError(f"on_bad_record={on_bad_record!r}; choose 'error' or 'skip'")
     if workers is None:
-        workers = 0 if backbone.model.model.vqmodel.device.type == "cpu" else GPU_WORKERS
+        on_cpu = backbone.model.model.vqmodel.device.type == "cpu"
+        # Started in another way than by forking, a worker runs the caller's script again.
+        workers = GPU_WORKERS if not on_cpu and multiprocessing.get_start_method() == "fork" else 0
     info = _describe(backbone)
     folder = Path(directory) / _fingerprint(rows, backbone, info)
     folder.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ class DecodeSettings:
     block: int = option(0, "Positions that one pass checks; 0 adapts, 1 decodes one by one. The tokens are the same.")
     jacobi: bool = option(
         True,
-        "Guess edited codes from the pass before; without it only the source is a draft. The tokens are the same.",
+        "Guess codes from the pass before; without it the source alone is the draft. The tokens are the same.",
     )
 
     def __post_init__(self):
@@ -63,6 +63,9 @@ class DecodeSettings:
             raise ValueError(f"guidance={self.guidance!r}; choose 'factorised' or 'joint'")
         if self.prefer not in PREFERENCES:
             raise ValueError(f"prefer={self.prefer!r}; choose from {', '.join(PREFERENCES)}")
+        for name in ("cfg_weight", "cfg_weight2", "clear_bias"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)}; expected a finite number")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}; expected 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
@@ -128,12 +131,12 @@ def decode(
     language_model = model.base.model.language_model
     count, rows = len(samples), embeds.shape[0] * per_prompt // len(samples)
     device, last = embeds.device, embeds.shape[1] - 1
-    longest = min(settings.block or MAX_BLOCK, num_tokens)
+    row, longest = math.isqrt(num_tokens), min(settings.block or MAX_BLOCK, num_tokens)
     room = num_tokens + longest  # a block may reach beyond the end
     choose = _Chooser(model, settings, rows, samples, source_tokens, room)
     cache = BlockCache(model.config.text_config.num_hidden_layers, attention_mask, last + 1 + room)
     places = positions(F.pad(attention_mask, (0, room), value=1))
-    # Final up to `done`, a draft beyond: the source at first, then what the last pass over the position computed.
+    # Final up to `done`, a draft beyond: the source or what stands above, then what the last pass over it computed.
     tokens = torch.zeros(count, room, dtype=torch.long, device=device)
     if source_tokens is not None:
         tokens[:, :num_tokens] = source_tokens
@@ -141,13 +144,17 @@ def decode(
     gate = torch.full(tokens.shape, float("nan"), device=device)
     kept = torch.zeros(count, room, model.vocabulary.num_classes, device=device) if keep_logits else None
 
-    done, accepted = [0] * count, []
+    done, reached, accepted = [0] * count, [row] * count, []
     cached = list(range(count))  # samples that have rows in the cache
-    length = shortest = min(settings.block or _shortest(num_tokens, source_tokens is not None, device), longest)
+    length = shortest = min(settings.block or _shortest(row, source_tokens is not None, device), longest)
     while cached:
         live = torch.tensor(cached, device=device).unsqueeze(1)
         starts = [done[k] for k in cached]
         index = torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(length, device=device)
+        if source_tokens is None:
+            for k, end in ((k, done[k] + length) for k in cached if done[k] + length > reached[k]):
+                tokens[k, reached[k] : end] = tokens[k, reached[k] - row : end - row].clone()
+                reached[k] = end
         draft = tokens[live, index]
         if accepted:
             fed, columns = tokens[live, index - 1], index + last
@@ -196,14 +203,14 @@ def decode(
     return Decoded(ids, tokens, codes, gate, len(accepted), accepted, kept)
 
 
-def _shortest(num_tokens: int, with_source: bool, device: torch.device) -> int:
+def _shortest(row: int, with_source: bool, device: torch.device) -> int:
     """On a CPU every position costs; an accelerator reads the weights once a pass, whatever the block's length.
 
     With a source at least a row of the grid, so that what lies under an edited patch is guessed in the same pass.
     """
     if device.type != "cpu":
         return MAX_BLOCK
-    return max(2 * MIN_BLOCK, math.isqrt(num_tokens)) if with_source else MIN_BLOCK
+    return max(2 * MIN_BLOCK, row) if with_source else MIN_BLOCK
 
 
 def _next_length(fresh: list[int], shortest: int, longest: int) -> int:

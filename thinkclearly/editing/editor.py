@@ -66,6 +66,7 @@ class EditResult:
         passes: forward passes of the batch that this edit was decoded in.
         accepted: positions that became final in each of them.
         seconds: of the batch, by stage.
+        further: draws `raw` and `input_decoded`; holds the model until both were asked for, or the result is copied.
     """
 
     image: Image.Image
@@ -91,11 +92,21 @@ class EditResult:
 
     @cached_property
     def raw(self) -> Image.Image:
-        return self.further("codes")
+        return self._draw("codes", other="input_decoded")
 
     @cached_property
     def input_decoded(self) -> Image.Image:
-        return self.further("source_tokens")
+        return self._draw("source_tokens", other="raw")
+
+    def _draw(self, kind: str, other: str) -> Image.Image:
+        if self.further is None:
+            raise ValueError(
+                "This result was made without the model that drew it; take its pictures from the original"
+            )
+        picture = self.further(kind)
+        if other in vars(self):
+            self.further = None  # the model may go
+        return picture
 
     def __getstate__(self) -> dict:
         """A copy or a pickle has all pictures, and not the model that would draw them."""

@@ -119,7 +119,8 @@ def run_benchmark(editor: Editor, arguments: BenchmarkArguments, model: dict, se
     write_json(folder / RESULTS_FILE, results)
     write_text(folder / REPORT_FILE, text)
     logger.info("%s, %s\n\n%s", folder / RESULTS_FILE, folder / REPORT_FILE, text)
-    if is_local(str(model["model"])) and arguments.limit is None and not left_out and not settings:
+    quantized = model.get("load_in_8bit") or model.get("load_in_4bit")
+    if is_local(str(model["model"])) and arguments.limit is None and not (left_out or settings or quantized):
         write_json(Path(model["model"]) / SHARED_FOLDER / f"{arguments.benchmark}.json", results)
     return strict(results)
 

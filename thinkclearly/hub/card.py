@@ -107,7 +107,7 @@ def read_benchmarks(run: Path, weights: Path) -> list[dict]:
     found = []
     for path in sorted((run / SHARED_FOLDER).glob("*.json")):
         results, head = _read(path, json.loads), read_tensors(weights / HEAD_FILE)["weight"]
-        if results["run"].get("head") == head_digest(head, read_clear_config(weights)):
+        if results.get("run", {}).get("head") == head_digest(head, read_clear_config(weights)):
             found.append(results)
         else:
             logger.warning("%s is of other weights or another calibration; the card leaves it out", path)

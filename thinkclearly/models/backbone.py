@@ -6,6 +6,7 @@ Plain functions over transformers' JanusForConditionalGeneration (with or withou
 from __future__ import annotations
 
 import hashlib
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import JanusForConditionalGeneration
 from thinkclearly.models.checkpoint import load_janus
 from thinkclearly.models.prompt import ClearEditProcessor, PromptBatch
 
+_PRECISION = threading.RLock()  # what it guards belongs to the process
 TINY = Path(__file__).parents[1] / "tiny_janus"
 
 
@@ -56,15 +58,22 @@ def load_backbone(name_or_path: str, *, revision: str | None = None, token: str 
 def _full_precision(device: torch.device):
     """The VQ model runs in float32 whatever the rest does: an argmin over codes depends on the dtype.
 
-    cuDNN would round a convolution's float32 to TF32 by default.
+    TF32, which CUDA takes for float32 unless told otherwise, is off meanwhile.
     """
-    cudnn = torch.backends.cudnn
-    allowed, cudnn.allow_tf32 = cudnn.allow_tf32, False
-    try:
-        with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
             yield
-    finally:
-        cudnn.allow_tf32 = allowed
+            return
+        with _PRECISION:
+            kinds = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+            before = [kind.fp32_precision for kind in kinds]
+            try:
+                for kind in kinds:
+                    kind.fp32_precision = "ieee"
+                yield
+            finally:
+                for kind, precision in zip(kinds, before):
+                    kind.fp32_precision = precision
 
 
 @torch.no_grad()

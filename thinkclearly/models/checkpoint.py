@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration
+from transformers.quantizers import AutoQuantizationConfig
 
 from thinkclearly.models import deepseek
 from thinkclearly.models.config_files import check_claims, check_sizes, config_errors, read_json
@@ -94,9 +95,10 @@ def load_janus(
             dtype=dtype,
             attn_implementation=attn_implementation,
             quantization_config=quantization_config,
-            device_map=device_map,
+            # Else transformers would quantize on the current GPU, whichever that is.
+            device_map=device_map if quantization_config is None or device is None else {"": device},
         )
-        if device is not None:
+        if device is not None and quantization_config is None:
             model = model.to(device)
     else:
         model = _load_deepseek(folder, config, dtype, device or "cpu", attn_implementation)
@@ -249,6 +251,10 @@ class _Float32Tokenizer(JanusForConditionalGeneration):
 
 def _load_native(source, **kwargs) -> JanusForConditionalGeneration:
     quantization = kwargs["quantization_config"]
+    if quantization is not None:
+        is_dict = isinstance(quantization, dict)
+        quantization = AutoQuantizationConfig.from_dict(quantization) if is_dict else copy.deepcopy(quantization)
+        kwargs["quantization_config"] = quantization
     if quantization is not None and getattr(quantization, "llm_int8_skip_modules", ()) is None:
         # By their whole names: transformers matches from the start of a module's name.
         parts = "vision_model aligner vqmodel generation_embeddings generation_aligner generation_head".split()

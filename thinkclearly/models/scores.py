@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from thinkclearly.instructions import gate_log_odds
 
-CHUNK = 512  # positions at most: float32 logits of 16,385 classes are 32 MiB, three times that with their gradient
+CHUNK = 1024  # positions at most: float32 logits of 16,385 classes are 64 MiB, three times that with their gradient
 
 
 @dataclass
