@@ -345,3 +345,13 @@ def test_a_script_is_its_job():
     command = [sys.executable, ROOT / "scripts" / "edit.py", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("usage: thinkclearly edit") and "--instruction" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_compiled_model_edits_to_the_same_tokens(golden, tmp_path):
+    argv = ["edit", "--model", str(golden / "finetune"), "--base", str(golden / "checkpoint")]
+    argv += ["--image", str(golden / "images/square.png"), "--instruction", "Make it blue.", "--temperature", "0"]
+    for flags in ([], ["--compile", "true"]):
+        cli.main([*argv, *flags, "--output_dir", str(tmp_path / str(len(flags)))])
+    plain, compiled = (json.loads((tmp_path / name / "result.json").read_text()) for name in "02")
+    assert compiled["ids"] == plain["ids"] and compiled["passes"] == plain["passes"]

@@ -17,6 +17,7 @@ class LoadArguments:
     device: str | None = option(None, "cpu, cuda, cuda:1, mps; the best there is if not given.")
     load_in_8bit: bool = option(False, "The language model in 8 bits (bitsandbytes): half the memory of bfloat16.")
     load_in_4bit: bool = option(False, "The language model in 4 bits (bitsandbytes, NF4): a quarter.")
+    compile: bool = option(False, "torch.compile the language model: minutes at first, for many pictures on a GPU.")
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, DTYPES)

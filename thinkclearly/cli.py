@@ -275,7 +275,11 @@ def _load(arguments: LoadArguments, load) -> Editor:
         options["quantization_config"] = quantization(bits, options["dtype"])
     if arguments.base:
         options["base"] = arguments.base
-    return Editor(*load(arguments.model, **options))
+    editor = Editor(*load(arguments.model, **options))
+    if arguments.compile:
+        # Prompts, blocks and what the cache holds have other lengths in every pass.
+        editor.model.base.model.language_model.compile(dynamic=True)
+    return editor
 
 
 def _weights(arguments: LoadArguments) -> dict:
