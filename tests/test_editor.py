@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
 
-from thinkclearly.editing.editor import Editor, EditSettings
+from thinkclearly.editing.editor import Editor
+from thinkclearly.editing.result import EditSettings
 from thinkclearly.images import Letterbox
 from thinkclearly.training.adapters import load_base, load_clear_model
 

@@ -1,7 +1,8 @@
 """ThinkClearly: picture editing with instruction tokens; what nobody asked to change stays the source's own bytes."""
 
 from thinkclearly.data.prepare import prepare_dataset
-from thinkclearly.editing.editor import Editor, EditResult, EditSettings
+from thinkclearly.editing.editor import Editor
+from thinkclearly.editing.result import EditResult, EditSettings
 from thinkclearly.editing.session import EditSession
 from thinkclearly.hub.pipeline import register as _register_pipeline
 from thinkclearly.training.adapters import load_clear_model

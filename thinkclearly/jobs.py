@@ -33,7 +33,8 @@ from thinkclearly.data import sources
 from thinkclearly.data.collator import EditCollator
 from thinkclearly.data.features import cache_features
 from thinkclearly.data.shapes import packaged_photos, random_edit
-from thinkclearly.editing.editor import Editor, EditSettings
+from thinkclearly.editing.editor import Editor
+from thinkclearly.editing.result import EditSettings
 from thinkclearly.evaluation.calibration import calibrate
 from thinkclearly.evaluation.edits import Evaluation, evaluate_edits
 from thinkclearly.evaluation.pictures import sheet

@@ -5,165 +5,21 @@ The one place where preprocessing, decoding and compositing meet. Knows nothing 
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
-from pathlib import Path
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import torch
 from PIL import Image
 
-from thinkclearly.config import option
 from thinkclearly.decoding.engine import Decoded, DecodeSettings, decode
 from thinkclearly.editing.composite import composite, smooth_mask
+from thinkclearly.editing.result import EditResult, EditSettings
 from thinkclearly.images import Letterbox, load_image, to_image
 from thinkclearly.models.backbone import decode_tokens, embed_prompt, encode_tokens, image_features
 from thinkclearly.models.clear_head import ClearEditModel
 from thinkclearly.models.prompt import FULL, PART, UNCOND, ClearEditProcessor
-
-
-@dataclass
-class EditSettings(DecodeSettings):
-    """Everything about one edit but picture, words and seed."""
-
-    mask_smooth_ksize: int = option(1, "Majority filter over the CLEAR mask, odd size in patches; 1 for none.")
-    mask_smooth_passes: int = option(1, "How often the majority filter is applied.")
-    feather_radius_px: float = option(2.0, "Width of the blend beside CLEAR patches, pixels of the model's square.")
-    feather: str = option("inside", "inside keeps CLEAR patches byte-identical; two_sided is the original's blur.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.mask_smooth_ksize % 2 == 0 or self.mask_smooth_ksize < 1:
-            raise ValueError(f"mask_smooth_ksize={self.mask_smooth_ksize}; expected an odd number, 1 for no smoothing")
-        if self.mask_smooth_passes < 0:
-            raise ValueError(f"mask_smooth_passes={self.mask_smooth_passes}; expected 0 or more")
-        if not 0 <= self.feather_radius_px < math.inf:
-            raise ValueError(f"feather_radius_px={self.feather_radius_px}; expected 0 (hard edge) or more")
-        if self.feather not in ("inside", "two_sided"):
-            raise ValueError(f"feather={self.feather!r}; choose 'inside' or 'two_sided'")
-
-
-@dataclass
-class EditResult:
-    """One edit. All pictures have the source's own size.
-
-    Attributes:
-        image: the composite; every pixel of a CLEAR patch is the source's, byte for byte.
-        token_composite: the decoded tokens with the source's codes where CLEAR was chosen.
-        raw: what the model would have drawn everywhere, CLEAR ignored; decoded when first asked for.
-        input_decoded: the source through the tokenizer and back; decoded when first asked for.
-        source: the picture that was edited.
-        mask: mode "L", 255 where the patch is CLEAR, before smoothing.
-        ids: long (N,), classes; K and above are instruction tokens.
-        tokens, codes, source_tokens: long (N,), see `Decoded`.
-        gate: float32 (N,), log-odds of copying.
-        clear: bool (g, g), the mask that the composite used.
-        clear_fraction: share of CLEAR patches among those that show the picture (not the padding around it).
-        passes: forward passes of the batch that this edit was decoded in.
-        accepted: positions that became final in each of them.
-        seconds: of the batch, by stage.
-        further: draws `raw` and `input_decoded`; holds the model until both were asked for, or the result is copied.
-    """
-
-    image: Image.Image
-    token_composite: Image.Image
-    source: Image.Image
-    mask: Image.Image
-    ids: torch.Tensor
-    tokens: torch.Tensor
-    codes: torch.Tensor
-    source_tokens: torch.Tensor
-    gate: torch.Tensor
-    clear: np.ndarray
-    clear_fraction: float
-    letterbox: Letterbox
-    instruction: str
-    seed: int
-    sample: int
-    settings: dict = field(default_factory=dict)
-    passes: int = 0
-    accepted: list[int] = field(default_factory=list)
-    seconds: dict = field(default_factory=dict)
-    further: Callable[[str], Image.Image] | None = field(default=None, repr=False)
-
-    @cached_property
-    def raw(self) -> Image.Image:
-        return self._draw("codes", other="input_decoded")
-
-    @cached_property
-    def input_decoded(self) -> Image.Image:
-        return self._draw("source_tokens", other="raw")
-
-    def _draw(self, kind: str, other: str) -> Image.Image:
-        if self.further is None:
-            raise ValueError(
-                "This result was made without the model that drew it; take its pictures from the original"
-            )
-        picture = self.further(kind)
-        if other in vars(self):
-            self.further = None  # the model may go
-        return picture
-
-    def __getstate__(self) -> dict:
-        """A copy or a pickle has all pictures, and not the model that would draw them."""
-        return vars(self) | {"raw": self.raw, "input_decoded": self.input_decoded, "further": None}
-
-    def copy_matching_tokens(self) -> Image.Image:
-        """What needs no CLEAR: the raw picture, with source pixels wherever its code equals the source's."""
-        same = (self.codes == self.source_tokens).view(self.clear.shape).numpy()
-        blend = self.settings["feather_radius_px"], self.settings["feather"]
-        return composite(self.source, self.raw, same, self.letterbox, *blend)
-
-    def save(self, directory: str | Path, trace: bool = False) -> None:
-        """Writes the original's file names, `result.json`, and on request `token_trace.jsonl`, one line a position."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        pictures = {
-            "input_image": self.source,
-            "input_decoded": self.input_decoded,
-            "raw_model": self.raw,
-            "token_composite": self.token_composite,
-            "pixel_composite": self.image,
-            "copy_matching_tokens": self.copy_matching_tokens(),
-            "clear_mask": self.mask,
-        }
-        for name, picture in pictures.items():
-            picture.save(directory / f"{name}.png")
-        content = {
-            "instruction": self.instruction,
-            "size": self.source.size,
-            "seed": self.seed,
-            "sample": self.sample,
-            "clear_fraction": self.clear_fraction,
-            "settings": self.settings,
-            "passes": self.passes,
-            "accepted": self.accepted,
-            "seconds": self.seconds,
-            "ids": self.ids.tolist(),
-            "tokens": self.tokens.tolist(),
-            "source_tokens": self.source_tokens.tolist(),
-            "clear": self.clear.astype(int).tolist(),
-        }
-        (directory / "result.json").write_text(json.dumps(content, indent=1) + "\n")
-        if trace:
-            grid = self.clear.shape[0]
-            with open(directory / "token_trace.jsonl", "w") as file:
-                for i in range(len(self.ids)):
-                    line = {
-                        "position": i,
-                        "row": i // grid,
-                        "column": i % grid,
-                        "id": int(self.ids[i]),
-                        "token": int(self.tokens[i]),
-                        "code": int(self.codes[i]),
-                        "source_token": int(self.source_tokens[i]),
-                        "gate": None if self.gate[i].isnan() else float(self.gate[i]),
-                    }
-                    file.write(json.dumps(line) + "\n")
 
 
 class Editor:

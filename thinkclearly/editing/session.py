@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from thinkclearly.editing.editor import Editor, EditResult
+from thinkclearly.editing.editor import Editor
+from thinkclearly.editing.result import EditResult
 from thinkclearly.files import replacing, write_json
 from thinkclearly.images import REFERENCE_MIN_SIDE, Letterbox, load_image
 

@@ -16,7 +16,8 @@ from scipy.optimize import minimize
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
 from thinkclearly.decoding.engine import PREFERENCES
-from thinkclearly.editing.editor import Editor, EditResult
+from thinkclearly.editing.editor import Editor
+from thinkclearly.editing.result import EditResult
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import PipelineException
 from transformers.utils import ModelOutput
 
-from thinkclearly.editing.editor import Editor, EditResult, EditSettings
+from thinkclearly.editing.editor import Editor
+from thinkclearly.editing.result import EditResult, EditSettings
 from thinkclearly.images import load_image
 from thinkclearly.models.clear_head import ClearEditModel
 from thinkclearly.models.prompt import ClearEditProcessor

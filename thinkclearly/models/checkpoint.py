@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration
-from transformers.quantizers import AutoQuantizationConfig
 
 from thinkclearly.models import deepseek
 from thinkclearly.models.config_files import check_claims, check_sizes, config_errors, read_json
+from thinkclearly.models.quantization import language_model_alone
 from thinkclearly.models.weight_files import find_weights, open_weights
 
 logger = logging.getLogger(__name__)
@@ -250,15 +250,8 @@ class _Float32Tokenizer(JanusForConditionalGeneration):
 
 
 def _load_native(source, **kwargs) -> JanusForConditionalGeneration:
-    quantization = kwargs["quantization_config"]
-    if quantization is not None:
-        is_dict = isinstance(quantization, dict)
-        quantization = AutoQuantizationConfig.from_dict(quantization) if is_dict else copy.deepcopy(quantization)
-        kwargs["quantization_config"] = quantization
-    if quantization is not None and getattr(quantization, "llm_int8_skip_modules", ()) is None:
-        # By their whole names: transformers matches from the start of a module's name.
-        parts = "vision_model aligner vqmodel generation_embeddings generation_aligner generation_head".split()
-        quantization.llm_int8_skip_modules = [*(f"model.{part}" for part in parts), "lm_head"]
+    if kwargs["quantization_config"] is not None:
+        kwargs["quantization_config"] = language_model_alone(kwargs["quantization_config"])
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the loading info tells, and with names
     with config_errors(source):
         model, info = _Float32Tokenizer.from_pretrained(source, **options, **kwargs)

@@ -1,11 +1,13 @@
-"""A language model in 8 or 4 bits, by bitsandbytes. Knows nothing of files."""
+"""A language model in 8 or 4 bits, and nothing else of the model. Knows nothing of files."""
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import torch
 from transformers import BitsAndBytesConfig
+from transformers.quantizers import AutoQuantizationConfig
 
 
 def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -25,3 +27,16 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,
     )
+
+
+def language_model_alone(config):
+    """A copy of a quantization config of transformers, or of its dict, that spares all but the language model.
+
+    Where it names `llm_int8_skip_modules` itself, or knows no such thing, it stays the same.
+    """
+    config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config)
+    if getattr(config, "llm_int8_skip_modules", ()) is None:
+        parts = "vision_model aligner vqmodel generation_embeddings generation_aligner generation_head".split()
+        # By their whole names: transformers matches from the start of a module's name.
+        config.llm_int8_skip_modules = [*(f"model.{part}" for part in parts), "lm_head"]
+    return config
