@@ -4,12 +4,12 @@ from thinkclearly.data.prepare import prepare_dataset
 from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.result import EditResult, EditSettings
 from thinkclearly.editing.session import EditSession
-from thinkclearly.hub.pipeline import register as _register_pipeline
+
 from thinkclearly.training.adapters import load_clear_model
 from thinkclearly.training.trainer import ClearEditTrainer
 
 __version__ = "0.1.0"
-_register_pipeline()
+
 __all__ = [
     "ClearEditTrainer",
     "EditResult",

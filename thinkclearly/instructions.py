@@ -1,12 +1,13 @@
 """The instruction vocabulary: image-head classes after the K codes, each saying "this patch is transform(source)".
 
-A vocabulary is a table. Its only row now is CLEAR, whose transform is the identity; a further token is a further row.
-Knows nothing of models or prompts.
+A vocabulary is a table of names and transforms. CLEAR's transform is the identity; `register_instruction` adds a row,
+and everything from preparation to the composite follows it. Knows nothing of models or prompts.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,24 @@ import torch
 from PIL import Image
 
 TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {"CLEAR": lambda picture: picture}
+
+
+def register_instruction(name: str, transform: Callable[[Image.Image], Image.Image]) -> None:
+    """Adds an instruction token that recipes can name in `instructions`.
+
+    Args:
+        name: capitals, digits and underscores, e.g. "BLUR"; written `<BLUR>` in JSONL files.
+        transform: an RGB picture to another of the same size, the same for the same bytes. It sees the source at its
+            own resolution; the model sees the result in its square.
+
+    Raises:
+        ValueError: the name is taken or is not one.
+    """
+    if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
+        raise ValueError(f"instruction {name!r}: expected capitals, digits and underscores, e.g. 'BLUR'")
+    if name in TRANSFORMS:
+        raise ValueError(f"instruction {name!r} is registered already; choose another name")
+    TRANSFORMS[name] = transform
 
 
 @dataclass(frozen=True)
@@ -31,7 +50,10 @@ class InstructionVocabulary:
     def __post_init__(self):
         unknown = [name for name in self.names if name not in TRANSFORMS]
         if unknown:
-            raise ValueError(f"Unknown instruction tokens {unknown}; this version knows {sorted(TRANSFORMS)}")
+            raise ValueError(
+                f"Unknown instruction tokens {unknown}; known are {sorted(TRANSFORMS)}. Others have to be added with "
+                "thinkclearly.register_instruction before the model is loaded."
+            )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -39,6 +61,22 @@ class InstructionVocabulary:
     @property
     def num_classes(self) -> int:
         return self.codebook_size + len(self.names)
+
+    def transforms(self, source: Image.Image) -> list[Image.Image]:
+        """What each instruction makes of the source: I pictures of its size.
+
+        Raises:
+            ValueError: a transform changed the size.
+        """
+        pictures = [TRANSFORMS[name](source) for name in self.names]
+        for name, picture in zip(self.names, pictures):
+            if picture.size != source.size:
+                raise ValueError(f"instruction {name} made {picture.size} of {source.size}; a patch has to stay in place")
+        return pictures
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Long, the shape of `ids`: number of the instruction, -1 where the class is a code."""
+        return (ids - self.codebook_size).clamp(min=-1)
 
     def is_instruction(self, ids: torch.Tensor) -> torch.Tensor:
         """Bool, the shape of `ids`: True where the class is an instruction and not a code."""
@@ -56,6 +94,10 @@ class InstructionVocabulary:
             labels = torch.where(holds[..., i, :], self.codebook_size + i, labels)
         return labels
 
+    def weights(self, labels: torch.Tensor, instruction_weight: float) -> torch.Tensor:
+        """Class weight of each label: `instruction_weight` for instructions, 1 for codes; float32."""
+        return torch.where(self.is_instruction(labels), instruction_weight, 1.0)
+
     def remap(self, ids: torch.Tensor, transformed: torch.Tensor) -> torch.Tensor:
         """Codes (..., N) for the way back into the model and for decoding: instructions become their patch's code.
 
@@ -63,7 +105,9 @@ class InstructionVocabulary:
             ids: long (..., N), classes.
             transformed: long (..., I, N), codes of each instruction's transform of the source.
         """
-        row = (ids - self.codebook_size).clamp(min=0).unsqueeze(-2)
+        if not len(self):
+            return ids
+        row = self.rows(ids).clamp(min=0).unsqueeze(-2)
         return torch.where(self.is_instruction(ids), transformed.gather(-2, row).squeeze(-2), ids)
 
 

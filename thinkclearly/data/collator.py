@@ -1,79 +1,119 @@
-"""Prepared rows to a training batch: prompt, slots, labels, and which conditions each row is shown.
+"""Prepared records to a training batch: prompt, slots, labels, and which conditions each row is shown.
 
-Condition dropout trains the rows that guidance needs at inference. It is keyed to (seed, epoch, record), so it does
-not depend on batch size, accumulation, workers or processes. Knows nothing of weights.
+One collator for every supervised method: edits, text-to-image and questions may stand in one batch. Knows nothing of
+weights.
 """
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 import torch
 
-from thinkclearly.data.features import FeatureCache, source_square
+from thinkclearly.data.features import FeatureCache, pictures_of, source_square
 from thinkclearly.data.sources import BadRecord
 from thinkclearly.instructions import InstructionVocabulary
-from thinkclearly.models.prompt import FULL, PART, UNCOND, ClearEditProcessor
+from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.sequence import Dropout, answering, drawing
 
 
-class EditCollator:
-    """Builds batches for `ClearEditModel.forward`.
+class Collator:
+    """Builds batches for `InstructionModel.forward`.
 
-    Labels of dropped rows: PART rows (no source codes) keep their instruction labels, since the picture features and
-    the words still tell what stays; UNCOND rows are told nothing, CLEAR would mean nothing there, so they are labelled
-    with plain codes.
+    Labels of withheld rows: without the source's codes instructions stay labels, since the picture's features and the
+    words still tell what stays. Rows that are told nothing are labelled with plain codes: an instruction would mean
+    nothing there.
 
     Args:
         processor: the one that inference uses.
         vocabulary: class ids of the labels.
-        drop_all (`float`): share of rows that see neither picture nor words (UNCOND).
-        drop_source (`float`): share of the remaining rows that do not see the source codes (PART).
-        seed (`int`): keys the dropout.
+        dropout: which conditions are withheld; none where not given.
         features: read instead of the pictures, where given.
+        skip_padding: the bars beside a picture that is not square carry no loss.
+        legacy_shift: the first code carries no loss, as in Janus-4o's own training script, which never trains it.
     """
 
     def __init__(
         self,
-        processor: ClearEditProcessor,
+        processor: JanusProcessor,
         vocabulary: InstructionVocabulary,
-        drop_all: float = 0.0,
-        drop_source: float = 0.0,
-        seed: int = 0,
+        dropout: Dropout = Dropout(),  # noqa: B008 (frozen)
         features: FeatureCache | None = None,
+        skip_padding: bool = False,
+        legacy_shift: bool = False,
     ):
-        self.processor, self.vocabulary, self.features = processor, vocabulary, features
-        self.drop_all, self.drop_source, self.seed = drop_all, drop_source, seed
+        self.processor, self.vocabulary, self.dropout, self.features = processor, vocabulary, dropout, features
+        self.skip_padding, self.legacy_shift = skip_padding, legacy_shift
         # Shared memory: data loader workers must see the epoch that the training loop is in.
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
-    def condition(self, key: str) -> int:
-        """FULL, PART or UNCOND for a record in the current epoch."""
-        rng = np.random.default_rng((self.seed, int(self.epoch), zlib.crc32(key.encode())))
-        if rng.random() < self.drop_all:
-            return UNCOND
-        return PART if rng.random() < self.drop_source else FULL
-
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        conditions = [self.condition(row["key"]) for row in rows]
-        prompt = self.processor.edit_rows([row["instruction"] for row in rows], conditions)
-        source_tokens = torch.tensor([row["input_tokens"] for row in rows])
-        labels = torch.tensor([row["output_tokens"] for row in rows])
-        dropped = torch.tensor([condition == UNCOND for condition in conditions])
-        plain = self.vocabulary.remap(labels, source_tokens.unsqueeze(-2))
+        n, epoch = self.processor.num_image_tokens, int(self.epoch)
+        # 1. What each row says, and what of it is shown. Pictures are numbered through the batch.
+        codes = [np.asarray(row["input_tokens"], np.int64).reshape(-1, n) for row in rows]
+        first = np.cumsum([0, *map(len, codes)])
+        shown = []
+        for k, row in enumerate(rows):
+            pictures = range(first[k], first[k + 1])
+            if len(row["output_tokens"]):
+                sample = drawing(row["instruction"], pictures)
+            else:
+                sample = answering(row["instruction"], pictures, row["answer"])
+            shown.append(self.dropout.row(sample, row["key"], epoch))
+        prompt = self.processor.rows(shown, outputs=True)
         batch = dict(vars(prompt))
-        batch["source_tokens"] = source_tokens
-        batch["labels"] = torch.where(dropped[:, None], plain, labels)
-        missing = [row["key"] for row in rows if row.get("source") is None]
-        if missing and len(missing) < len(rows):
+        # 2. The pictures that are shown.
+        if first[-1]:
+            batch["source_tokens"] = torch.from_numpy(np.concatenate(codes))
+            batch |= self._pictures(rows)
+        # 3. The codes that are drawn.
+        drawn = [k for k, row in enumerate(rows) if len(row["output_tokens"])]
+        labels = torch.tensor([rows[k]["output_tokens"] for k in drawn], dtype=torch.long).view(len(drawn), n)
+        if len(self.vocabulary):
+            transformed = torch.stack([self._transformed(rows[k], codes[k]) for k in drawn])
+            told_nothing = torch.tensor([shown[k].tells_nothing for k in drawn])
+            labels = torch.where(told_nothing[:, None], self.vocabulary.remap(labels, transformed), labels)
+            batch["transformed"] = transformed
+        batch["labels"] = labels
+        if self.skip_padding or self.legacy_shift:
+            batch["counted"] = self._counted([rows[k] for k in drawn])
+        # 4. The words that are answered. The position before each predicts it.
+        answers = {k: self.processor.answer_ids(row["answer"]) for k, row in enumerate(rows) if k not in drawn}
+        if answers:
+            length = prompt.input_ids.shape[1]
+            batch["word_rows"] = torch.tensor([k for k, ids in answers.items() for _ in ids])
+            batch["word_columns"] = torch.tensor([length - len(a) - 1 + j for a in answers.values() for j in range(len(a))])
+            batch["word_labels"] = torch.tensor([token for ids in answers.values() for token in ids])
+        return batch
+
+    def _transformed(self, row: dict, codes: np.ndarray) -> torch.Tensor:
+        """Codes (I, N) of each instruction's transform of the source; zeros, never used, where there is no source."""
+        found = row.get("transformed_tokens")
+        if found is None:  # the data knows the identity alone
+            found = np.repeat(codes[:1], len(self.vocabulary), axis=0) if len(codes) else None
+        shape = len(self.vocabulary), self.processor.num_image_tokens
+        return torch.zeros(shape, dtype=torch.long) if found is None else torch.from_numpy(np.asarray(found, np.int64)).view(shape)
+
+    def _counted(self, rows: list[dict]) -> torch.Tensor:
+        """Bool (D, N): which codes carry loss."""
+        counted = torch.ones(len(rows), self.processor.num_image_tokens, dtype=torch.bool)
+        if self.skip_padding:
+            counted &= torch.tensor([row["content"] for row in rows]).bool()
+        if self.legacy_shift:
+            counted[:, 0] = False
+        return counted
+
+    def _pictures(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        pictures = {row["key"]: pictures_of(row) for row in rows if len(row["input_tokens"])}
+        missing = [key for key, found in pictures.items() if not found]
+        if missing and len(missing) < len(pictures):
             raise BadRecord(
                 f"{', '.join(missing)}: no source picture, while other records have one. Leave these records out, or "
                 "remove the column 'source' to train on pictures decoded from the codes."
             )
-        if not missing:
-            if self.features is not None:
-                batch["features"] = self.features.read(rows)
-            else:
-                squares = [source_square(row, self.processor.image_size) for row in rows]
-                batch["pixel_values"] = self.processor.pixel_values(squares)
-        return batch
+        if missing:
+            return {}
+        named = [(key, picture) for key, found in pictures.items() for picture in found]
+        if self.features is not None:
+            return {"features": self.features.read(named)}
+        squares = [source_square(picture, key, self.processor.image_size) for key, picture in named]
+        return {"pixel_values": self.processor.pixel_values(squares)}

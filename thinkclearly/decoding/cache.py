@@ -1,4 +1,4 @@
-"""A key-value cache whose rows stand at different positions and can be written over.
+"""Keys and values of rows that stand at different positions and can be written over; and of the row that tells nothing.
 
 Knows nothing of pictures or acceptance: it is told where the next tokens of each row belong.
 """
@@ -6,8 +6,11 @@ Knows nothing of pictures or acceptance: it is told where the next tokens of eac
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
@@ -28,61 +31,117 @@ class BlockCache(Cache):
 
     Args:
         layers: number of layers of the language model.
-        attention_mask: long (R, L), 0 on the prompt's left padding.
-        length: columns in all: prompt, output and one block more.
+        visible: bool (R, C), False on left padding. C slots in all: prompt, output and one block more.
     """
 
-    def __init__(self, layers: int, attention_mask: torch.Tensor, length: int):
-        super().__init__(layers=[_BlockLayer(length) for _ in range(layers)])
-        device = attention_mask.device
-        self.visible = torch.ones(attention_mask.shape[0], length, dtype=torch.bool, device=device)
-        self.visible[:, : attention_mask.shape[1]] = attention_mask.bool()
-        self.arange = torch.arange(length, device=device)
+    def __init__(self, layers: int, visible: torch.Tensor):
+        super().__init__(layers=[_BlockLayer(*visible.shape) for _ in range(layers)])
+        self.visible = visible
+        self.arange = torch.arange(visible.shape[1], device=visible.device)
 
-    def step(self, columns: torch.Tensor, end: int) -> torch.Tensor:
-        """Announces the columns (R, T) of the next tokens, all below `end`; returns their mask (R, 1, T, end)."""
+    def step(self, slots: torch.Tensor, end: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Announces the slots (R, T) of the next tokens, all below `end`; returns their mask (R, 1, T, end).
+
+        Args:
+            rows: long (R,), the rows that take part where not all do.
+        """
         for layer in self.layers:
-            layer.columns, layer.end = columns, end
+            layer.slots, layer.end, layer.taking_part = slots, end, rows
         keys = self.arange[:end]
-        seen = (keys <= columns.unsqueeze(-1)) & self.visible[:, None, :end]
+        visible = self.visible if rows is None else self.visible[rows]
+        seen = (keys <= slots.unsqueeze(-1)) & visible[:, None, :end]
         # Padding sees itself: a query without any key would turn into NaN.
-        return (seen | (keys == columns.unsqueeze(-1))).unsqueeze(1)
+        return (seen | (keys == slots.unsqueeze(-1))).unsqueeze(1)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Goes on with these rows, in this order: bool (R,) or long, where a row may come several times."""
         self.visible = self.visible[rows]
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-            layer.rows = torch.arange(layer.keys.shape[0], device=layer.keys.device).unsqueeze(1)
+            layer.keep(rows)
 
 
 class _BlockLayer(CacheLayerMixin):
     is_sliding = False
 
-    def __init__(self, length: int):
+    def __init__(self, rows: int, length: int):
         super().__init__()
-        self.length, self.columns, self.end = length, None, 0
+        self.rows, self.length, self.end = rows, length, 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        rows, heads, _, width = key_states.shape
-        self.rows = torch.arange(rows, device=key_states.device).unsqueeze(1)
+        heads, width = key_states.shape[1], key_states.shape[-1]
         # Zeros, not empty: what has not been written is masked, but zero times NaN would still be NaN.
-        self.keys = key_states.new_zeros(rows, heads, self.length, width)
-        self.values = value_states.new_zeros(rows, heads, self.length, value_states.shape[-1])
+        self.keys = key_states.new_zeros(self.rows, heads, self.length, width)
+        self.values = value_states.new_zeros(self.rows, heads, self.length, value_states.shape[-1])
+        self.row_numbers = torch.arange(self.rows, device=key_states.device)
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys[self.rows, :, self.columns] = key_states.transpose(1, 2)
-        self.values[self.rows, :, self.columns] = value_states.transpose(1, 2)
-        return self.keys[:, :, : self.end], self.values[:, :, : self.end]
+        rows = self.row_numbers if self.taking_part is None else self.taking_part
+        self.keys[rows[:, None], :, self.slots] = key_states.transpose(1, 2)
+        self.values[rows[:, None], :, self.slots] = value_states.transpose(1, 2)
+        if self.taking_part is None:
+            return self.keys[:, :, : self.end], self.values[:, :, : self.end]
+        return self.keys[rows, :, : self.end], self.values[rows, :, : self.end]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.rows = len(self.keys)
+        self.row_numbers = torch.arange(self.rows, device=self.keys.device)
 
     def get_seq_length(self) -> int:
-        return 0 if self.columns is None else int(self.end)
+        return int(self.end)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.end, 0
 
     def get_max_length(self) -> int:
         return self.length
+
+
+@dataclass
+class _Prefix:
+    """Keys and values (heads, n, D) of each layer, of a row's first n positions, and what they were computed from."""
+
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    embeds: torch.Tensor
+    state: tuple
+
+
+# The row that tells nothing is BOS, then padding: a shorter one is the beginning of a longer one, and it depends on
+# nothing but the weights. The longest so far is kept with each language model.
+_PREFIXES: WeakKeyDictionary[PreTrainedModel, _Prefix] = WeakKeyDictionary()
+
+
+def kept_prefix(language_model: PreTrainedModel, embeds: torch.Tensor) -> _Prefix | None:
+    """What is kept of a row that begins like `embeds` (n, H), if it is long enough and the weights are the same."""
+    found = _PREFIXES.get(language_model)
+    if found is None or len(found.embeds) < len(embeds) or found.state != _weights_state(language_model):
+        return None
+    same = found.embeds.device == embeds.device and found.embeds.dtype == embeds.dtype
+    return found if same and torch.equal(found.embeds[: len(embeds)], embeds) else None
+
+
+def keep_prefix(language_model: PreTrainedModel, cache: BlockCache, row: int, start: int, embeds: torch.Tensor):
+    """Keeps what `cache` holds of a row from slot `start` on, the keys and values of `embeds` (n, H)."""
+    slots = slice(start, start + len(embeds))
+    layers = [(layer.keys[row, :, slots].clone(), layer.values[row, :, slots].clone()) for layer in cache.layers]
+    _PREFIXES[language_model] = _Prefix(layers, embeds.clone(), _weights_state(language_model))
+
+
+def write_prefix(cache: BlockCache, prefix: _Prefix, row: int, start: int, length: int) -> None:
+    """Puts the first `length` positions of a prefix into a row, from slot `start` on."""
+    slots = slice(start, start + length)
+    for layer, (keys, values) in zip(cache.layers, prefix.layers):
+        layer.keys[row, :, slots], layer.values[row, :, slots] = keys[:, :length], values[:, :length]
+
+
+def _weights_state(language_model: PreTrainedModel) -> tuple:
+    """Changes whenever a weight is written or replaced, or an adapter is merged, switched or turned off."""
+    adapters = [
+        (tuple(m.merged_adapters), tuple(m.active_adapters), m.disable_adapters)
+        for m in language_model.modules()
+        if isinstance(m, BaseTunerLayer)
+    ]
+    return tuple((p.data_ptr(), p._version) for p in language_model.parameters()), tuple(adapters)

@@ -1,27 +1,28 @@
-"""The decoder loop: embedded guidance rows in, classes and codes out.
+"""The decoder loop for codes: embedded rows in, classes and codes out.
 
-One loop for editing and text-to-image, with and without guidance or a CLEAR head. A pass checks a block of positions
-at once: the source's tokens are the draft, and where they fail, what the pass before computed (Jacobi iteration). As
-sampling noise is keyed to the position, the block's length changes the number of passes and never the tokens. Knows
-nothing of pictures or files.
+One loop for editing and text-to-image, for any family, any guidance and any vocabulary. A pass checks a block of
+positions at once: the source's codes are the draft, and where they fail, what the pass before computed (Jacobi
+iteration). As sampling noise is keyed to the position, the block's length changes the number of passes and never the
+codes. Knows nothing of pictures or files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from thinkclearly.config import option
-from thinkclearly.decoding.cache import BlockCache, masked_attention
-from thinkclearly.decoding.guidance import guide, row_weights
+from thinkclearly.decoding.cache import BlockCache, keep_prefix, kept_prefix, masked_attention, write_prefix
+from thinkclearly.decoding.guidance import guidance_weights, guide
 from thinkclearly.decoding.sampling import draw, gumbel_noise, warpers
 from thinkclearly.instructions import gate_log_odds
-from thinkclearly.models.backbone import positions, token_embeddings
-from thinkclearly.models.clear_head import ClearEditModel
+from thinkclearly.models.instruction_head import InstructionModel
+from thinkclearly.models.protocol import position_ids
+from thinkclearly.sequence import FULL, UNCOND
 
 # Positions of an adaptive block: this many times what a sample got through on average, so that it grows while the
 # draft holds, but neither more nor less than these.
@@ -83,19 +84,19 @@ class Decoded:
     """What the loop leaves behind; S samples, N positions.
 
     Attributes:
-        ids: long (S, N), classes in [0, K + I).
-        tokens: long (S, N), what went back into the model: ids with instructions remapped to source codes.
+        class_ids: long (S, N), in [0, K + I).
+        fed_codes: long (S, N), what went back into the model: instructions remapped to their transform's codes.
         codes: long (S, N), the chosen code everywhere; where an instruction was chosen, the code that came next.
         gate: float32 (S, N), log-odds of copying at the operating point used, so calibrated ones minus what `prefer`
             asks plus `clear_bias`; NaN without a head. Factorised copies exactly where they are positive; joint
             (never calibrated) draws, or compares with the best code.
-        passes: number of forward passes of the language model.
+        passes: forward passes of the language model over the output, after the prompt was read.
         accepted: positions that became final, for each pass a list of S numbers; 0 for samples that were finished.
         logits: float32 (S, N, K + I) where asked for: the scores that were chosen from.
     """
 
-    ids: torch.Tensor
-    tokens: torch.Tensor
+    class_ids: torch.Tensor
+    fed_codes: torch.Tensor
     codes: torch.Tensor
     gate: torch.Tensor
     passes: int
@@ -103,163 +104,280 @@ class Decoded:
     logits: torch.Tensor | None = None
 
 
+def guided_rows(settings: DecodeSettings, has_source: bool) -> dict[str, float]:
+    """Name → weight of the rows to decode; rows without weight would be decoded only to be multiplied by 0."""
+    if not settings.use_cfg:
+        return {FULL: 1.0}
+    return guidance_weights(settings.cfg_weight, settings.cfg_weight2 if has_source else 0.0)
+
+
 @torch.inference_mode()
 def decode(
-    model: ClearEditModel,
+    model: InstructionModel,
     embeds: torch.Tensor,
     attention_mask: torch.Tensor,
     num_tokens: int,
     settings: DecodeSettings,
     *,
-    source_tokens: torch.Tensor | None = None,
-    samples: list[tuple[int, int]],
+    rows: dict[str, float],
+    samples: Sequence[tuple[int, int]],
     per_prompt: int = 1,
+    source_tokens: torch.Tensor | None = None,
+    transformed: torch.Tensor | None = None,
     on_step: Callable[[int], None] | None = None,
     keep_logits: bool = False,
 ) -> Decoded:
-    """Decodes S samples of P prompts with R guidance rows each.
+    """Decodes S samples of P prompts with R rows each.
 
     Args:
-        embeds: (P·R, L, H), the rows of a prompt next to each other: full, part, uncond.
+        embeds: (P·R, L, H), the rows of a prompt next to each other, in the order of `rows`. The last position is the
+            one that the first code is predicted from.
         attention_mask: long (P·R, L), 0 on left padding.
-        source_tokens: long (S, N), the draft; needed where the model may copy. Without it instructions are never
-            chosen.
+        rows: name → weight of each row in the guided logits; see `guided_rows`.
         samples: (seed, sample number) of each sample, which key its noise; those of a prompt next to each other.
         per_prompt: S / P, samples of each prompt. They have one source, and the prompt is read once for all of them.
+        source_tokens: long (S, N), the draft; without it the draft is what stands above each position.
+        transformed: long (S, I, N), codes of each instruction's transform of the source. Without it instructions are
+            never chosen.
         on_step: called with the number of positions done after each pass.
     """
-    language_model = model.base.model.language_model
-    count, rows = len(samples), embeds.shape[0] * per_prompt // len(samples)
-    device, last = embeds.device, embeds.shape[1] - 1
-    row, longest = math.isqrt(num_tokens), min(settings.block or MAX_BLOCK, num_tokens)
-    room = num_tokens + longest  # a block may reach beyond the end
-    choose = _Chooser(model, settings, rows, samples, source_tokens, room)
-    cache = BlockCache(model.config.text_config.num_hidden_layers, attention_mask, last + 1 + room)
-    places = positions(F.pad(attention_mask, (0, room), value=1))
-    # Final up to `done`, a draft beyond: the source or what stands above, then what the last pass over it computed.
-    tokens = torch.zeros(count, room, dtype=torch.long, device=device)
+    count, width = len(samples), math.isqrt(num_tokens)
+    longest = min(settings.block or MAX_BLOCK, num_tokens)
+    capacity = num_tokens + longest  # a block may reach beyond the end
+    # 1. Read the prompts, once for all samples.
+    reader = _Reader(model, embeds, attention_mask, list(rows), capacity)
+    reader.read_prompts()
+    reader.keep(torch.arange(count, device=embeds.device) // per_prompt)
+    # 2. Check a block of drafts in each pass, until all samples are done.
+    choose = _Chooser(model, settings, rows, samples, transformed, capacity)
+    board = _Board(count, num_tokens, capacity, width, embeds.device)
+    board.logits = torch.zeros(count, capacity, choose.classes, device=embeds.device) if keep_logits else None
     if source_tokens is not None:
-        tokens[:, :num_tokens] = source_tokens
-    ids, codes = torch.zeros_like(tokens), torch.zeros_like(tokens)
-    gate = torch.full(tokens.shape, float("nan"), device=device)
-    kept = torch.zeros(count, room, model.vocabulary.num_classes, device=device) if keep_logits else None
-
-    done, reached, accepted = [0] * count, [row] * count, []
-    cached = list(range(count))  # samples that have rows in the cache
-    length = shortest = min(settings.block or _shortest(row, source_tokens is not None, device), longest)
-    while cached:
-        live = torch.tensor(cached, device=device).unsqueeze(1)
-        starts = [done[k] for k in cached]
-        index = torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(length, device=device)
-        if source_tokens is None:
-            for k, end in ((k, done[k] + length) for k in cached if done[k] + length > reached[k]):
-                tokens[k, reached[k] : end] = tokens[k, reached[k] - row : end - row].clone()
-                reached[k] = end
-        draft = tokens[live, index]
-        if accepted:
-            fed, columns = tokens[live, index - 1], index + last
-        else:  # the prompt with the first block
-            fed = draft[::per_prompt, :-1]
-            columns = torch.arange(last + length, device=device).expand(count // per_prompt, -1)
-        fed = token_embeddings(model.base, fed.repeat_interleave(rows, dim=0)).to(embeds.dtype)
-        columns = columns.repeat_interleave(rows, dim=0)
-        with masked_attention(language_model):
-            hidden = language_model(
-                inputs_embeds=fed if accepted else torch.cat([embeds, fed], dim=1),
-                attention_mask=cache.step(columns, end=last + max(starts) + length),
-                position_ids=places.gather(1, columns),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -length:]
-        if not accepted and per_prompt > 1:
-            spread = torch.arange(embeds.shape[0], device=device).view(-1, rows)
-            spread = spread.repeat_interleave(per_prompt, dim=0).flatten()
-            cache.keep(spread)
-            places, hidden = places[spread], hidden[spread]
-        new_ids, new_tokens, *others = choose(hidden, live, index)
-        # A position is final when everything before it was what has been fed; its own draft need not have been right.
-        agreed = (new_tokens == draft)[:, :-1].long().cumprod(1).sum(1)
-        if not settings.jacobi:
-            new_tokens = torch.where(torch.arange(length, device=device) <= agreed.unsqueeze(1), new_tokens, draft)
-        for buffer, value in zip((ids, tokens, codes, gate, kept), (new_ids, new_tokens, *others)):
-            if buffer is not None:
-                buffer[live, index] = value
-        fresh = [0] * count
-        for k, n in zip(cached, agreed.tolist()):
-            fresh[k] = min(1 + n, num_tokens - done[k])
-            done[k] += fresh[k]
-        accepted.append(fresh)
+        board.fed_codes[:, :num_tokens], board.drafted = source_tokens, [capacity] * count
+    length = shortest = min(settings.block or _shortest(width, source_tokens is not None, embeds.device), longest)
+    while board.live:
+        index = board.next_block(length)
+        draft = board.draft(index)
+        hidden = reader.forward(board.before(index), index, end=int(board.ends(length)))
+        found = choose(hidden, board.live_rows, index)
+        fresh = board.commit(index, draft, found, settings.jacobi)
         if on_step is not None:
-            on_step(min(done))
+            on_step(min(board.done))
         if not settings.block:
             length = _next_length(fresh, shortest, longest)
-        going = [k for k in cached if done[k] < num_tokens]
-        if len(going) <= SHRINK * len(cached):
-            stay = torch.tensor([k in going for k in cached], device=device).repeat_interleave(rows)
-            cache.keep(stay)
-            places, cached = places[stay], going
-    ids, tokens, codes, gate = (buffer[:, :num_tokens] for buffer in (ids, tokens, codes, gate))
-    kept = None if kept is None else kept[:, :num_tokens]
-    return Decoded(ids, tokens, codes, gate, len(accepted), accepted, kept)
+        if (going := board.compact()) is not None:
+            reader.keep(going)
+    return board.finished()
 
 
-def _shortest(row: int, with_source: bool, device: torch.device) -> int:
+class _Reader:
+    """The language model over rows and their cache. R rows a sample, next to each other."""
+
+    def __init__(self, model: InstructionModel, embeds, attention_mask, names: list[str], capacity: int):
+        self.model, self.family, self.names = model, model.token_model, names
+        self.embeds, self.mask = embeds, attention_mask
+        visible = F.pad(attention_mask.bool(), (0, capacity), value=True)
+        self.positions = position_ids(visible.long())
+        self.cache = BlockCache(self.family.language_model.config.num_hidden_layers, visible)
+        self.last = embeds.shape[1] - 1  # the slot of the first code's predecessor
+        self.boi = embeds[:, -1:]
+
+    def read_prompts(self) -> None:
+        """Fills the cache with all but the last position of every prompt."""
+        length, names = self.last, self.names * (len(self.embeds) // len(self.names))
+        empty = [i for i, name in enumerate(names) if name == UNCOND]
+        starts = (self.mask == 0).sum(1).tolist()
+        prefix = None
+        if empty:  # the row that tells nothing is the same in every call
+            longest = min(empty, key=lambda i: starts[i])
+            nothing = self.embeds[longest, starts[longest] : length]
+            prefix = kept_prefix(self.family.language_model, nothing)
+        told = [i for i in range(len(names)) if prefix is None or i not in empty]
+        rows = None if len(told) == len(names) else torch.tensor(told, device=self.embeds.device)
+        embeds = self.embeds[:, :length] if rows is None else self.embeds[rows, :length]
+        slots = torch.arange(length, device=self.embeds.device).expand(len(told), -1)
+        self._run(embeds, slots, length, rows)
+        if empty and prefix is None:
+            keep_prefix(self.family.language_model, self.cache, longest, starts[longest], nothing)
+        for i in empty if prefix is not None else ():
+            write_prefix(self.cache, prefix, i, starts[i], length - starts[i])
+
+    def forward(self, fed_codes: torch.Tensor, index: torch.Tensor, end: int) -> torch.Tensor:
+        """Hidden states (A·R, B, H) that predict positions `index` (A, B), each from the code before it."""
+        rows = len(self.names)
+        fed = self.family.embed_codes(fed_codes).to(self.boi.dtype).repeat_interleave(rows, dim=0)
+        index = index.repeat_interleave(rows, dim=0)
+        fed = torch.where((index == 0).unsqueeze(-1), self.boi, fed)
+        return self._run(fed, index + self.last, self.last + end)
+
+    def keep(self, samples: torch.Tensor) -> None:
+        """Goes on with these samples, long (A,), in this order; one may come several times."""
+        rows = len(self.names)
+        if len(samples) * rows == len(self.boi) and bool((samples.diff() == 1).all()):
+            return
+        index = (samples.unsqueeze(1) * rows + torch.arange(rows, device=samples.device)).flatten()
+        self.cache.keep(index)
+        self.positions, self.boi = self.positions[index], self.boi[index]
+
+    def _run(self, embeds: torch.Tensor, slots: torch.Tensor, end: int, rows: torch.Tensor | None = None):
+        language_model = self.family.language_model
+        positions = self.positions if rows is None else self.positions[rows]
+        with masked_attention(language_model):
+            return language_model(
+                inputs_embeds=embeds,
+                attention_mask=self.cache.step(slots, end, rows),
+                position_ids=positions.gather(1, slots),
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
+
+
+class _Board:
+    """S samples by `capacity` positions. Up to `done` what is there is final, beyond it is a draft.
+
+    Attributes:
+        live: samples that still have rows in the cache.
+        drafted: how far each sample has a draft; beyond, the row of the grid above is copied.
+    """
+
+    def __init__(self, count: int, num_tokens: int, capacity: int, width: int, device: torch.device):
+        self.num_tokens, self.width, self.device = num_tokens, width, device
+        self.fed_codes = torch.zeros(count, capacity, dtype=torch.long, device=device)
+        self.class_ids, self.codes = torch.zeros_like(self.fed_codes), torch.zeros_like(self.fed_codes)
+        self.gate = torch.full(self.fed_codes.shape, float("nan"), device=device)
+        self.logits: torch.Tensor | None = None
+        self.done, self.drafted, self.live = [0] * count, [width] * count, list(range(count))
+        self.accepted: list[list[int]] = []
+
+    @property
+    def live_rows(self) -> torch.Tensor:
+        """Long (A, 1), the live samples."""
+        return torch.tensor(self.live, device=self.device).unsqueeze(1)
+
+    def next_block(self, length: int) -> torch.Tensor:
+        """Long (A, B), the next positions of each live sample; they have a draft afterwards."""
+        for k in self.live:
+            start, end = self.drafted[k], self.done[k] + length
+            if end > start:
+                above = slice(start - self.width, end - self.width)
+                self.fed_codes[k, start:end], self.drafted[k] = self.fed_codes[k, above].clone(), end
+        starts = torch.tensor([self.done[k] for k in self.live], device=self.device)
+        return starts.unsqueeze(1) + torch.arange(length, device=self.device)
+
+    def ends(self, length: int) -> int:
+        """The position after the last one of a block."""
+        return max(self.done[k] for k in self.live) + length
+
+    def draft(self, index: torch.Tensor) -> torch.Tensor:
+        return self.fed_codes[self.live_rows, index]
+
+    def before(self, index: torch.Tensor) -> torch.Tensor:
+        """Codes (A, B) that come before each position; of no meaning at position 0."""
+        return self.fed_codes[self.live_rows, (index - 1).clamp(min=0)]
+
+    def commit(self, index: torch.Tensor, draft: torch.Tensor, found: _Found, jacobi: bool) -> list[int]:
+        """Takes what a pass found over; accepts positions. Returns how many are new for each of the S samples."""
+        # Accept a position once every earlier draft code matched; its own draft may have been wrong.
+        matched = (found.fed_codes == draft)[:, :-1].long().cumprod(1).sum(1)
+        fed_codes = found.fed_codes
+        if not jacobi:
+            behind = torch.arange(index.shape[1], device=self.device) > matched.unsqueeze(1)
+            fed_codes = torch.where(behind, draft, fed_codes)
+        live = self.live_rows
+        self.class_ids[live, index], self.fed_codes[live, index] = found.class_ids, fed_codes
+        self.codes[live, index], self.gate[live, index] = found.codes, found.gate
+        if self.logits is not None:
+            self.logits[live, index] = found.logits
+        fresh = [0] * len(self.done)
+        for k, n in zip(self.live, matched.tolist()):
+            fresh[k] = min(1 + n, self.num_tokens - self.done[k])
+            self.done[k] += fresh[k]
+        self.accepted.append(fresh)
+        return fresh
+
+    def compact(self) -> torch.Tensor | None:
+        """Which of the live samples go on, long (A',), once enough are finished to be worth a copy of the cache."""
+        going = [i for i, k in enumerate(self.live) if self.done[k] < self.num_tokens]
+        if len(going) > SHRINK * len(self.live):
+            return None
+        self.live = [self.live[i] for i in going]
+        return torch.tensor(going, dtype=torch.long, device=self.device) if going else None
+
+    def finished(self) -> Decoded:
+        whole = (self.class_ids, self.fed_codes, self.codes, self.gate)
+        logits = None if self.logits is None else self.logits[:, : self.num_tokens]
+        return Decoded(*(part[:, : self.num_tokens] for part in whole), len(self.accepted), self.accepted, logits)
+
+
+def _shortest(width: int, with_source: bool, device: torch.device) -> int:
     """On a CPU every position costs; an accelerator reads the weights once a pass, whatever the block's length.
 
     With a source at least a row of the grid, so that what lies under an edited patch is guessed in the same pass.
     """
     if device.type != "cpu":
         return MAX_BLOCK
-    return max(2 * MIN_BLOCK, row) if with_source else MIN_BLOCK
+    return max(2 * MIN_BLOCK, width) if with_source else MIN_BLOCK
 
 
 def _next_length(fresh: list[int], shortest: int, longest: int) -> int:
-    """The luckiest sample's number would need fewer passes, but most of what they compute would be thrown away."""
+    """Sized by the mean acceptance: sizing by the best sample saves passes but wastes computation."""
     going = [n for n in fresh if n]
     return min(max(shortest, math.ceil(GROWTH * sum(going) / len(going))), longest)
 
 
-class _Chooser:
-    """From hidden states of all rows to one class, token and code at each position of a block."""
+@dataclass
+class _Found:
+    """What a pass computed at each position of a block, (A, B) each; logits (A, B, K + I)."""
 
-    def __init__(self, model: ClearEditModel, settings: DecodeSettings, rows: int, samples, source_tokens, room: int):
-        self.model, self.settings, self.rows = model, settings, rows
-        self.weights = row_weights(rows, settings.cfg_weight, settings.cfg_weight2)
+    class_ids: torch.Tensor
+    fed_codes: torch.Tensor
+    codes: torch.Tensor
+    gate: torch.Tensor
+    logits: torch.Tensor
+
+
+class _Chooser:
+    """From hidden states of all rows to one class and code at each position of a block."""
+
+    def __init__(self, model: InstructionModel, settings: DecodeSettings, rows, samples, transformed, capacity: int):
+        self.model, self.settings, self.weights = model, settings, rows
+        self.classes = model.vocabulary.num_classes
         self.filters = warpers(settings.temperature, settings.top_k, settings.top_p)
-        self.may_copy = source_tokens is not None and len(model.vocabulary) > 0
+        self.may_copy = transformed is not None and len(model.vocabulary) > 0
         if self.may_copy:
-            self.transformed = F.pad(source_tokens, (0, room - source_tokens.shape[1])).unsqueeze(-2)
+            self.transformed = F.pad(transformed, (0, capacity - transformed.shape[-1]))
         self.noise = None
         if settings.temperature > 0:
-            noise = [gumbel_noise(*key, room, model.vocabulary.num_classes) for key in samples]
+            noise = [gumbel_noise(*key, capacity, self.classes) for key in samples]
             self.noise = torch.stack(noise).to(model.device)
 
-    def __call__(self, hidden: torch.Tensor, live: torch.Tensor, index: torch.Tensor):
-        """Hidden states (A·R, B, H) of samples (A, 1) at positions (A, B) to ids, tokens, codes, gate and scores."""
+    def __call__(self, hidden: torch.Tensor, live: torch.Tensor, index: torch.Tensor) -> _Found:
+        """Hidden states (A·R, B, H) of samples (A, 1) at positions (A, B)."""
         settings, codebook = self.settings, self.model.vocabulary.codebook_size
         count, length = index.shape
-        logits = self.model.logits(hidden).view(count, self.rows, length, -1)
-        # Positions are drawn independently of each other: they count as samples here.
-        guided = guide(logits, self.weights).flatten(0, 1)
-        noise = None
-        if self.noise is not None:
-            noise = self.noise[live, index].flatten(0, 1)
+        logits = self.model.logits(hidden).view(count, len(self.weights), length, -1)
+        # 1. Guide: (A, R, B, C) to (A·B, C). Positions are drawn independently: they count as samples here.
+        rows = dict(zip(self.weights, logits.unbind(1)))
+        guided = guide(rows, self.weights).flatten(0, 1)
+        # 2. The code that is drawn where nothing is copied.
+        noise = None if self.noise is None else self.noise[live, index].flatten(0, 1)
         code = draw(guided[:, :codebook], None if noise is None else noise[:, :codebook], self.filters)
         choice, gate = code, torch.full_like(code, float("nan"), dtype=torch.float32)
+        # 3. Copy or paint.
         if self.may_copy and settings.guidance == "joint":
             guided = guided.clone()
             guided[:, codebook:] += settings.clear_bias
             gate = gate_log_odds(guided, codebook)
             choice = draw(guided, noise, self.filters)
-            code = torch.where(choice < codebook, choice, code)  # top-k and top-p see one class more here
+            code = torch.where(self.model.vocabulary.is_instruction(choice), code, choice)  # top-k, top-p: one more class
         elif self.may_copy:
-            full = logits[:, 0].flatten(0, 1)
-            config = self.model.clear_config
+            full, config = rows[FULL].flatten(0, 1), self.model.clear_config
             gate = gate_log_odds(full, codebook, config.clear_weight) + config.gate_bias
             gate = gate / config.gate_temperature - PREFERENCES[settings.prefer] + settings.clear_bias
             choice = torch.where(gate > 0, codebook + full[:, codebook:].argmax(-1), code)
-        ids, codes, gate = (value.view(count, length) for value in (choice, code, gate))
-        tokens = ids
+        # 4. What goes back into the model.
+        class_ids, codes, gate = (value.view(count, length) for value in (choice, code, gate))
+        fed_codes = class_ids
         if self.may_copy:
-            tokens = self.model.vocabulary.remap(ids, self.transformed[live, :, index].transpose(1, 2))
-        return ids, tokens, codes, gate, guided.view(count, length, -1)
+            fed_codes = self.model.vocabulary.remap(class_ids, self.transformed[live, :, index].transpose(1, 2))
+        return _Found(class_ids, fed_codes, codes, gate, guided.view(count, length, -1))

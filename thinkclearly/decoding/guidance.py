@@ -1,25 +1,29 @@
-"""From the guidance rows' logits to one distribution over codes.
+"""From the logits of named rows to one distribution: a weighted sum whose weights sum to 1.
 
-Edit rows are full, part and uncond; text-to-image rows full and uncond (models/prompt.py). Knows nothing of models.
+Janus-4o's formulas are tables of weights by row name; other systems bring other tables. Knows nothing of models.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND
 
-def row_weights(rows: int, cfg_weight: float, cfg_weight2: float) -> list[float]:
-    """Share of each row in the guided logits; they sum to 1.
 
-    Janus-4o's formula, c = (full + w2·part) / (1 + w2) and u + w(c − u), written as one linear combination.
+def guidance_weights(cfg_weight: float, cfg_weight2: float = 0.0) -> dict[str, float]:
+    """Share of each row in the guided logits, of the rows that have one.
+
+    Janus-4o's formula, c = (full + w2·no_source) / (1 + w2) and u + w(c − u), written as one linear combination. With
+    `cfg_weight2` 0, as for text-to-image, it is the ordinary u + w(full − u). The full row is always there: it alone
+    decides on copying.
     """
-    if rows == 1:
-        return [1.0]
-    if rows == 2:
-        return [cfg_weight, 1 - cfg_weight]
-    return [cfg_weight / (1 + cfg_weight2), cfg_weight * cfg_weight2 / (1 + cfg_weight2), 1 - cfg_weight]
+    share = cfg_weight / (1 + cfg_weight2)
+    others = {NO_SOURCE: share * cfg_weight2, UNCOND: 1 - cfg_weight}
+    return {FULL: share} | {name: weight for name, weight in others.items() if weight}
 
 
-def guide(row_logits: torch.Tensor, weights: list[float]) -> torch.Tensor:
-    """Linear combination over the rows: (S, R, C) to (S, C)."""
-    return sum(weight * row_logits[:, i] for i, weight in enumerate(weights))
+def guide(rows: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
+    """Weighted sum of the rows' logits, float (..., C) each."""
+    return sum(weight * rows[name] for name, weight in weights.items())

@@ -1,191 +1,60 @@
-"""LoRA on the language model and the generation head, and fine-tune directories read back onto a base model."""
+"""What learns: LoRA on a model's parts, or the parts themselves."""
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
+import re
 
-import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
-from thinkclearly.models.backbone import Backbone, base_hash, codebook_hash, load_backbone
-from thinkclearly.models.checkpoint import load_janus, resolve
-from thinkclearly.models.clear_head import CONFIG_FILE, ClearConfig, ClearEditModel, read_clear_config
-from thinkclearly.models.config_files import read_json
-from thinkclearly.models.original_finetune import check_original_base, is_original_finetune, read_original_finetune
-from thinkclearly.models.prompt import ClearEditProcessor
-from thinkclearly.models.weight_files import read_tensors
-
-logger = logging.getLogger(__name__)
-
-# Full names: bare suffixes would also match SigLIP's q_proj, k_proj and v_proj.
-LORA_TARGETS = (
-    r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-    r"|model\.generation_head\.(proj_out|vision_head)"
-)
+from thinkclearly.models.instruction_head import ClearConfig, InstructionModel
+from thinkclearly.models.load import Checkpoint
 
 
-def add_lora(backbone: Backbone, base_name: str, config: ClearConfig, **lora) -> ClearEditModel:
-    """A trainable `ClearEditModel`: LoRA inside the frozen base, and a fresh CLEAR head.
+def add_lora(
+    checkpoint: Checkpoint, base_name: str, config: ClearConfig, parts: tuple[str, ...] = (), **lora
+) -> InstructionModel:
+    """A trainable `InstructionModel`: LoRA inside the frozen base, and a fresh CLEAR head.
 
     Args:
         base_name: written into the adapter's configuration, so that PEFT finds the base again.
+        parts: names of `TokenModel.parts()` whose linear layers are adapted; the family's `learning_parts` if empty.
         lora: fields of `peft.LoraConfig` (`r`, `lora_alpha`, `lora_dropout`, `use_dora`, `use_rslora`, …).
     """
-    janus = get_peft_model(backbone.model, LoraConfig(target_modules=LORA_TARGETS, **lora))
-    janus.peft_config["default"].base_model_name_or_path = base_name
-    return ClearEditModel(janus, config)
+    network = get_peft_model(checkpoint.network, LoraConfig(target_modules=lora_targets(checkpoint, parts), **lora))
+    network.peft_config["default"].base_model_name_or_path = base_name
+    return InstructionModel(network, config)
 
 
-def train_fully(backbone: Backbone, config: ClearConfig) -> ClearEditModel:
-    """A `ClearEditModel` without adapter: language model, generation head and CLEAR head learn, the rest is frozen."""
-    janus = backbone.model.requires_grad_(False)
-    for part in (janus.model.language_model, janus.model.generation_head):
-        part.requires_grad_(True)
-    return ClearEditModel(janus, config)
-
-
-def load_finetune(model: ClearEditModel, directory: str | Path) -> None:
-    """Puts the adapter and CLEAR head of `directory` into a model of the same shape (resuming)."""
-    directory = Path(directory)
-    if isinstance(model.janus, PeftModel):
-        _load_lora(model.janus, _read_adapter(directory), directory)
-    else:
-        model.janus.load_state_dict(load_janus(str(directory)).state_dict())
-    model.load_head(directory)
-    saved = read_clear_config(directory)
-    for name, value in vars(saved).items():
-        setattr(model.clear_config, name, value)
-    # Fitted to the weights as they are now, which will change.
-    model.clear_config.gate_bias, model.clear_config.gate_temperature = 0.0, 1.0
-
-
-def load_clear_model(
-    name_or_path: str | Path,
-    *,
-    base: str | Path | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    merge: bool = False,
-    **kwargs,
-) -> tuple[ClearEditModel, ClearEditProcessor]:
-    """Loads a fine-tune for inference: ours, or the original's directory format.
+def train_fully(checkpoint: Checkpoint, config: ClearConfig, parts: tuple[str, ...] = ()) -> InstructionModel:
+    """An `InstructionModel` without adapter: the CLEAR head and `parts` learn, the rest is frozen.
 
     Args:
-        name_or_path: folder or Hub id.
-        base: base model to use instead of the one the adapter names.
-        merge: add the adapter to the base's weights, which then decode faster; for editing only. Left undone where
-            they are not float32: rounding would take small updates away.
-        kwargs: `dtype`, `device`, …; see `load_janus`.
-
-    Raises:
-        FileNotFoundError, ValueError: the CLEAR head is missing or belongs to another base; never random weights.
+        parts: names of `TokenModel.parts()`; the family's `learning_parts` if empty.
     """
-    directory = resolve(name_or_path, revision, token)
-    if is_original_finetune(directory):
-        lora, state, weight, bias = read_original_finetune(directory)
-        backbone = _load_base_of(lora, base, directory, token=token, **kwargs)
-        check_original_base(directory, backbone.model)
-        janus = PeftModel(backbone.model, lora)
-        _load_lora(janus, state, directory)
-        model = ClearEditModel(janus, ClearConfig(backbone.model.config.vq_config.num_embeddings))
-        model.set_head(weight, bias, where=directory / "gen_head_clear.pt")
-        return _ready(model, backbone, merge), backbone.processor
-    if not (directory / CONFIG_FILE).is_file():
-        raise FileNotFoundError(
-            f"{name_or_path} has no {CONFIG_FILE} and no gen_head_clear.pt, so it holds no CLEAR head. Give a "
-            "fine-tune made by `thinkclearly train`, or use load_base for a model that has not been fine-tuned."
-        )
-    config = read_clear_config(directory)
-    if not (directory / "adapter_config.json").is_file():
-        backbone = load_backbone(str(directory), **kwargs)
-        model = ClearEditModel(backbone.model, config)
-    else:
-        state = _read_adapter(directory)
-        lora = _read_lora_config(directory, state)
-        backbone = _load_base_of(lora, base, directory, token=token, **kwargs)
-        janus = PeftModel(backbone.model, lora)
-        # Not PeftModel.from_pretrained: it leaves layers that the file does not have at random, without a word.
-        _load_lora(janus, state, directory)
-        model = ClearEditModel(janus, config)
-        found = base_hash(model.base)
-        if config.base_hash and found and found != config.base_hash:
-            raise ValueError(
-                f"{name_or_path} was trained on base weights {config.base_hash}, "
-                f"{base or lora.base_model_name_or_path} has {found}: of the same shape, but another base. "
-                "Pass the right one as base=."
-            )
-    model.load_head(directory)
-    found = codebook_hash(model.base)
-    if config.codebook_hash and found != config.codebook_hash:
-        raise ValueError(
-            f"{name_or_path} was trained on codebook {config.codebook_hash}, its base model now has {found}: not the "
-            "base it belongs to. Pass the right one as base=."
-        )
-    return _ready(model, backbone, merge), backbone.processor
+    model = InstructionModel(checkpoint.network.requires_grad_(False), config)
+    for part in _chosen(checkpoint, parts).values():
+        part.requires_grad_(True)
+    return model
 
 
-def load_base(name_or_path: str, **kwargs) -> tuple[ClearEditModel, ClearEditProcessor]:
-    """A base model without CLEAR head: draws, describes and edits, but never copies."""
-    backbone = load_backbone(name_or_path, **kwargs)
-    codes = backbone.model.config.vq_config.num_embeddings
-    return _ready(ClearEditModel(backbone.model, ClearConfig(codes, instructions=[])), backbone), backbone.processor
+def lora_targets(checkpoint: Checkpoint, parts: tuple[str, ...] = ()) -> str:
+    """A pattern of the linear layers in the parts, by full name: suffixes would match the vision tower's as well."""
+    names = {module: name for name, module in checkpoint.network.named_modules()}
+    patterns = []
+    for part in _chosen(checkpoint, parts).values():
+        prefix = names[part]
+        linear = [name for module, name in names.items() if isinstance(module, nn.Linear) and name.startswith(prefix)]
+        leaves = sorted({name.rpartition(".")[2] for name in linear})
+        inner = "" if prefix in linear else rf"\.(.+\.)?({'|'.join(map(re.escape, leaves))})"
+        patterns.append(re.escape(prefix) + inner)
+    return "|".join(patterns)
 
 
-def _ready(model: ClearEditModel, backbone: Backbone, merge: bool = False) -> ClearEditModel:
-    model.clear_head.to(next(backbone.model.model.generation_head.parameters()).device)
-    layers = model.base.model.language_model.layers
-    if merge and isinstance(model.janus, PeftModel) and {p.dtype for p in layers.parameters()} == {torch.float32}:
-        model.janus.merge_adapter()
-    return model.eval().requires_grad_(False)
-
-
-def _load_base_of(lora: PeftConfig, base: str | Path | None, directory: Path, **kwargs) -> Backbone:
-    """`base` where it is given, else the model (and revision) that the adapter names."""
-    if base is not None:
-        return load_backbone(base, **kwargs)
-    if not lora.base_model_name_or_path:
-        raise ValueError(f"{directory}/adapter_config.json names no base model; pass it as base=.")
-    return load_backbone(lora.base_model_name_or_path, revision=lora.revision, **kwargs)
-
-
-def _read_adapter(directory: Path) -> dict[str, torch.Tensor]:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (directory / name).is_file():
-            return read_tensors(directory / name)
-    raise FileNotFoundError(f"{directory} has no adapter_model.safetensors; the adapter is missing. Copy it there.")
-
-
-def _read_lora_config(directory: Path, state: dict[str, torch.Tensor]) -> LoraConfig:
-    """The adapter's configuration, unless it would import modules, copy layers or take more room than the file."""
-    path = directory / "adapter_config.json"
-    read_json(path)  # names the file where it is damaged
-    try:
-        lora = PeftConfig.from_pretrained(str(directory))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not an adapter configuration ({error}). Get it again.") from error
-    risky = [name for name in ("layer_replication", "megatron_config") if getattr(lora, name, None)]
-    if not isinstance(lora, LoraConfig) or risky:
-        raise ValueError(f"{path} is {lora.peft_type} with {risky or 'other settings'}; expected plain LoRA or DoRA.")
-    largest = max((tensor.shape[0] for name, tensor in state.items() if "lora_A" in name), default=0)
-    ranks = [lora.r, *lora.rank_pattern.values()]
-    if not all(type(rank) is int and 0 < rank <= largest for rank in ranks):
-        raise ValueError(f"{path} has ranks {ranks}; the matrices beside it have {largest} at most. Get both again.")
-    return lora
-
-
-def _load_lora(janus: PeftModel, state: dict[str, torch.Tensor], directory: Path) -> None:
-    """Every LoRA tensor of the model from `state` and nothing else in it, or an error."""
-    try:
-        result = set_peft_model_state_dict(janus, state)
-    except RuntimeError as error:  # shapes: one line each, below a title
-        raise _misfit(directory, str(error).partition("\n")[2].strip().partition("\n")[0]) from error
-    missing = [key for key in result.missing_keys if "lora_" in key]
-    if missing or result.unexpected_keys:
-        raise _misfit(directory, f"it lacks {missing[:3]} and has {result.unexpected_keys[:3]} too many")
-
-
-def _misfit(directory: Path, what: str) -> ValueError:
-    return ValueError(
-        f"{directory}: the adapter does not fit this base model: {what}. Pass the base it was trained on as base=."
-    )
+def _chosen(checkpoint: Checkpoint, parts: tuple[str, ...]) -> dict[str, nn.Module]:
+    family = checkpoint.token_model
+    known = {name: part for name, part in family.parts().items() if name != family.tokenizer_part}
+    unknown = sorted(set(parts) - set(known))
+    if unknown:
+        raise ValueError(f"train_parts: {', '.join(unknown)}; choose from {', '.join(known)}")
+    return {name: known[name] for name in parts or family.learning_parts}

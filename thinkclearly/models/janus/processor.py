@@ -1,14 +1,14 @@
-"""Prompts: the one place that turns text into token ids, slots and guidance rows, for training and for inference.
+"""Janus prompts: rows of segments to token ids and slots, for training and for inference, and pictures to pixels.
 
-String layout of Janus-Pro and Janus-4o (specs: ShareGPT-4o-Image demo and train_janus.py). The tokenizer is called on
-finished strings: the native processor would expand the image placeholder a second time. Knows nothing of weights.
+String layout of Janus-Pro and Janus-4o (ShareGPT-4o-Image's train_janus.py and demo/app_janus4o.py). The tokenizer is
+called on finished strings: the native processor would expand the image placeholder a second time. Knows nothing of
+weights.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from transformers.utils import cached_file
 
 from thinkclearly.images import to_pixel_values
 from thinkclearly.models.config_files import read_json
+from thinkclearly.models.protocol import PromptBatch
+from thinkclearly.sequence import Drawn, Known, Row, Sample, Seen, Words, conditions
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 PAD, IMAGE = "<｜▁pad▁｜>", "<image_placeholder>"
@@ -29,31 +31,7 @@ SYSTEM = (
     "provides, and assist the user with a variety of tasks using natural language."
 )
 
-# What a row is told. FULL: picture, source codes and text. PART: no source codes. UNCOND: nothing but BOS and BOI.
-FULL, PART, UNCOND = 0, 1, 2
-
-
-@dataclass
-class PromptBatch:
-    """Left-padded prompts, ready to be embedded.
-
-    Attributes:
-        input_ids: long (B, L).
-        attention_mask: long (B, L), 0 on the left padding. PAD ids inside a row (dropped conditions) are attended.
-        image_slot: long (B,), where the N picture features go; -1 where the row shows none.
-        source_slot: long (B,), where the N source codes go; -1 where the row shows none.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    image_slot: torch.Tensor
-    source_slot: torch.Tensor
-
-    def to(self, device) -> PromptBatch:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-
-
-class ClearEditProcessor:
+class JanusProcessor:
     """Pictures to pixel values and text to prompts, exactly as DeepSeek's processor and the Janus-4o demo do.
 
     Args:
@@ -133,56 +111,81 @@ class ClearEditProcessor:
         """Square PIL pictures of the model's size to float32 (B, 3, S, S)."""
         return to_pixel_values(squares, mean=self.image_mean, std=self.image_std)
 
-    def edit_ids(self, instruction: str) -> list[int]:
-        """Ids of picture slot, source slot, instruction and the BOI after which the output begins."""
+    def rows(self, rows: Sequence[Row], outputs: bool = False) -> PromptBatch:
+        """Token ids and slots of rows, left-padded to one length.
+
+        Args:
+            outputs: also room for what is to be predicted, for teacher forcing: N - 1 codes after the last BOI. An
+                answer in words belongs to its sample and is always there.
+        """
+        ids, seen, known, pictures, drawn = zip(*(self._layout(row) for row in rows))
+        fed_back = self.num_image_tokens - 1 if outputs else 0
+        ids = [row + [self.pad_id] * (fed_back if start >= 0 else 0) for row, start in zip(ids, drawn)]
+        pads = [max(map(len, ids)) - len(row) for row in ids]
+        width = max(map(len, pictures))
+
+        def slots(columns):
+            """(B, P), or (B, 1) where there is one a row; moved along by the padding, -1 where there is nothing."""
+            moved = [[s + pad if s >= 0 else -1 for s in column] for pad, column in zip(pads, columns)]
+            return torch.tensor([row + [-1] * (width - len(row)) for row in moved]).view(len(ids), width)
+
+        return PromptBatch(
+            torch.tensor([[self.pad_id] * pad + row for pad, row in zip(pads, ids)]),
+            torch.tensor([[0] * pad + [1] * len(row) for pad, row in zip(pads, ids)]),
+            slots(seen),
+            slots(known),
+            torch.tensor([list(row) + [-1] * (width - len(row)) for row in pictures]).view(len(ids), width),
+            torch.tensor([start + pad if outputs and start >= 0 else -1 for pad, start in zip(pads, drawn)]),
+        )
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """What follows the prompt of a question: the words and the end of the turn."""
+        ids = self.tokenizer.encode(f" {answer.strip()}{EOS}", add_special_tokens=False)
+        return ids[1:] if ids[0] == self.bos_id else ids
+
+    def _layout(self, row: Row) -> tuple[list[int], list[int], list[int], list[int], int]:
+        """Ids without padding; per picture its slots for features and codes (-1 for none) and its number; and where
+        the first drawn code is fed back (-1 where nothing is drawn)."""
+        ids = self._tokenize(self._text(row.sample))
+        begins = iter(i for i, token in enumerate(ids) if token == self.boi_id)
+        seen, known = {}, {}
+        for i, segment in enumerate(row.sample):
+            if isinstance(segment, (Seen, Known)):
+                slots = seen if isinstance(segment, Seen) else known
+                start = next(begins) + 1
+                slots[segment.picture] = -1 if i in row.withheld else start
+        pictures = list(dict.fromkeys([*seen, *known]))
+        draws = any(isinstance(segment, Drawn) for segment in row.sample)
+        told = conditions(row.sample) - row.withheld
+        if draws and not told:  # everything between BOS and the last BOI
+            ids = [ids[0], *[self.pad_id] * (len(ids) - 2), ids[-1]]
+        elif any(isinstance(row.sample[i], (Words, Seen)) for i in row.withheld):
+            raise ValueError("Janus withholds words and seen pictures only together with everything else")
+        for segment in row.sample:
+            if isinstance(segment, Words) and segment.answer:
+                ids = ids + self.answer_ids(segment.text)
+        slots = [[slots.get(picture, -1) for picture in pictures] for slots in (seen, known)]
+        return ids, *slots, pictures, len(ids) if draws else -1
+
+    def _text(self, sample: Sample) -> str:
+        """The prompt up to where the model goes on: with the BOI of a picture to draw, without an answer."""
         n = self.num_image_tokens
-        picture = f"{BOI}{IMAGE * n}{EOI}{BOI}{PAD * n}{EOI}"
-        return self._tokenize(f"{USER}: {picture}{instruction.strip()}\n\n{ASSISTANT}:{BOI}")
-
-    def edit_rows(self, instructions: list[str], conditions: list[int]) -> PromptBatch:
-        """One row per (instruction, condition); conditions are FULL, PART or UNCOND."""
-        rows, image_slot, source_slot = [], [], []
-        for instruction, condition in zip(instructions, conditions, strict=True):
-            ids = self.edit_ids(instruction)
-            start = ids.index(self.boi_id) + 1
-            rows.append(self._dropped(ids) if condition == UNCOND else ids)
-            image_slot.append(-1 if condition == UNCOND else start)
-            source_slot.append(start + self.num_image_tokens + 2 if condition == FULL else -1)
-        return self._batch(rows, image_slot, source_slot)
-
-    def generate_rows(self, prompts: list[str], conditions: list[int]) -> PromptBatch:
-        """Text-to-image rows; conditions are FULL or UNCOND."""
-        rows = []
-        for prompt, condition in zip(prompts, conditions, strict=True):
-            ids = self._tokenize(f"{USER}: {prompt.strip()}\n\n{ASSISTANT}:{BOI}")
-            rows.append(self._dropped(ids) if condition == UNCOND else ids)
-        return self._batch(rows, [-1] * len(rows), [-1] * len(rows))
-
-    def describe_rows(self, questions: list[str]) -> PromptBatch:
-        """Question-answering rows: system sentence, picture slot (BOI and EOI around it), question."""
-        picture = f"{BOI}{IMAGE * self.num_image_tokens}{EOI}"
-        rows = [self._tokenize(f"{SYSTEM}\n\n{USER}: {picture}\n{q.strip()}\n\n{ASSISTANT}:") for q in questions]
-        return self._batch(rows, [ids.index(self.boi_id) + 1 for ids in rows], [-1] * len(rows))
+        slot = {Seen: f"{BOI}{IMAGE * n}{EOI}", Known: f"{BOI}{PAD * n}{EOI}"}
+        draws = any(isinstance(segment, Drawn) for segment in sample)
+        parts = []
+        for segment in sample:
+            if isinstance(segment, Words) and not segment.answer:
+                parts.append(segment.text)
+            elif type(segment) in slot:
+                parts.append(slot[type(segment)] + ("" if draws else "\n"))
+        # The original's template strips the whole turn, pictures included.
+        turn = f"{USER}: {''.join(parts).strip()}\n\n{ASSISTANT}:"
+        return turn + BOI if draws else f"{SYSTEM}\n\n{turn}"
 
     def _tokenize(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text)
         # Some releases of transformers drop the BOS that the checkpoint's tokenizer_config asks for.
         return ids if ids[0] == self.bos_id else [self.bos_id, *ids]
-
-    def _dropped(self, ids: list[int]) -> list[int]:
-        """Everything between BOS and the last BOI replaced by PAD."""
-        return [ids[0], *[self.pad_id] * (len(ids) - 2), ids[-1]]
-
-    def _batch(self, rows: list[list[int]], image_slot: list[int], source_slot: list[int]) -> PromptBatch:
-        length = max(map(len, rows))
-        pads = [length - len(row) for row in rows]
-        shift = lambda slots: torch.tensor([s + p if s >= 0 else -1 for s, p in zip(slots, pads)])  # noqa: E731
-        return PromptBatch(
-            torch.tensor([[self.pad_id] * pad + row for pad, row in zip(pads, rows)]),
-            torch.tensor([[0] * pad + [1] * len(row) for pad, row in zip(pads, rows)]),
-            shift(image_slot),
-            shift(source_slot),
-        )
 
 
 def _read_json(name_or_path: str, name: str, hub: dict) -> dict:

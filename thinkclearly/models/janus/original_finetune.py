@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import JanusForConditionalGeneration
 
-from thinkclearly.models.clear_head import ClearEditModel
+from thinkclearly.models.instruction_head import InstructionModel
 from thinkclearly.models.config_files import read_json
-from thinkclearly.models.deepseek import deepseek_key, to_native
+from thinkclearly.models.janus.deepseek import deepseek_key, to_native
 from thinkclearly.models.weight_files import open_weights, read_tensors
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def check_original_base(directory: str | os.PathLike, model: JanusForConditional
             )
 
 
-def write_original_finetune(model: ClearEditModel, directory: str | os.PathLike) -> None:
+def write_original_finetune(model: InstructionModel, directory: str | os.PathLike) -> None:
     """Writes a fine-tune as the original script does, for that script; [`read_original_finetune`] reads it back.
 
     The correction for the class weight and the calibrated bias, of which that format knows nothing, go into the CLEAR
@@ -158,10 +158,10 @@ def write_original_finetune(model: ClearEditModel, directory: str | os.PathLike)
     Raises:
         ValueError: another adapter than plain LoRA, or more than one instruction token.
     """
-    if not isinstance(model.janus, PeftModel):
+    if not isinstance(model.network, PeftModel):
         raise ValueError("The original format is an adapter's; this model was fine-tuned whole.")
-    janus, clear_head, directory = model.janus, model.clear_head, Path(directory)
-    config = janus.peft_config["default"]
+    network, clear_head, directory = model.network, model.clear_head, Path(directory)
+    config = network.peft_config["default"]
     settings = {**config.to_dict(), "inference_mode": True, "task_type": "FEATURE_EXTRACTION"}
     settings |= {"peft_type": config.peft_type.value, "target_modules": sorted(_TARGETS), "auto_mapping": None}
     _check_settings(settings, directory)
@@ -170,10 +170,10 @@ def write_original_finetune(model: ClearEditModel, directory: str | os.PathLike)
     head = {f"clear_linear.{name}": tensor.float() for name, tensor in clear_head.state_dict().items()}
     clear = model.clear_config
     head["clear_linear.bias"] = head["clear_linear.bias"] - math.log(clear.clear_weight) + clear.gate_bias
-    for key, tensor in janus.get_base_model().model.generation_head.state_dict().items():
+    for key, tensor in network.get_base_model().model.generation_head.state_dict().items():
         head[deepseek_key(f"model.generation_head.{key}").replace("gen_head.", "base_head.")] = tensor
     adapter = {}
-    for key, tensor in get_peft_model_state_dict(janus, save_embedding_layers=False).items():
+    for key, tensor in get_peft_model_state_dict(network, save_embedding_layers=False).items():
         name = deepseek_key(key.removeprefix("base_model.model."))
         copies = [name, f"gen_head_clear.base_head.{name.removeprefix('gen_head.')}"]
         for copy in copies if name.startswith("gen_head.") else copies[:1]:

@@ -30,12 +30,16 @@ class Scores(ModelOutput):
         predicted: long (B, N), the likeliest of all K + I classes.
         code: long (B, N), the likeliest of the K codes.
         gate: float32 (B, N), log-odds of copying as the logits give them (`gate_log_odds`).
+        word_nll: float32 (A,), negative log-likelihood of the words of answers, with a gradient; None without answers.
+        word: long (A,), the likeliest word.
     """
 
     nll: torch.Tensor | None = None
     predicted: torch.Tensor | None = None
     code: torch.Tensor | None = None
     gate: torch.Tensor | None = None
+    word_nll: torch.Tensor | None = None
+    word: torch.Tensor | None = None
 
 
 def score_logits(logits: torch.Tensor, labels: torch.Tensor, codebook_size: int) -> Scores:
@@ -60,17 +64,33 @@ def score_hidden(
         hidden: (B, N, H).
         labels: long (B, N).
     """
-    length = chunk_length(labels.numel())
-    states, targets = hidden.flatten(0, -2).split(length), labels.flatten().split(length)
 
     def score(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return score_logits(head(states), targets, codebook_size).to_tuple()
 
-    chunks = [checkpoint(score, *chunk, use_reentrant=False) for chunk in list(zip(states, targets))[:-1]]
-    chunks.append(score(states[-1], targets[-1]))
-    return Scores(*(torch.cat(parts).view_as(labels) for parts in zip(*chunks)))
+    parts = _by_chunks(score, hidden.flatten(0, -2), labels.flatten())
+    return Scores(*(part.view_as(labels) for part in parts))
+
+
+def score_words(
+    head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood and likeliest word: hidden states (A, H) and long labels (A,) to (A,) each."""
+
+    def score(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = head(states)
+        return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1)
+
+    return _by_chunks(score, hidden, labels)
+
+
+def _by_chunks(score: Callable, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    length = chunk_length(len(targets))
+    pieces = list(zip(states.split(length), targets.split(length)))
+    scored = [checkpoint(score, *piece, use_reentrant=False) for piece in pieces[:-1]] + [score(*pieces[-1])]
+    return tuple(torch.cat(parts) for parts in zip(*scored))
 
 
 def chunk_length(positions: int) -> int:
     """Positions of a chunk: as even as possible, at most `CHUNK`."""
-    return math.ceil(positions / math.ceil(positions / CHUNK))
+    return max(1, math.ceil(positions / max(1, math.ceil(positions / CHUNK))))

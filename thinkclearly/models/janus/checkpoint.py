@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration
 
-from thinkclearly.models import deepseek
+from thinkclearly.models.janus import deepseek
 from thinkclearly.models.config_files import check_claims, check_sizes, config_errors, read_json
 from thinkclearly.models.quantization import language_model_alone
 from thinkclearly.models.weight_files import find_weights, open_weights

@@ -1,4 +1,4 @@
-"""ClearEditModel: a Janus model whose image head has K + I classes, and how its parts are saved and loaded.
+"""InstructionModel: any token model with an image head of K + I classes, and how its parts are saved and loaded.
 
 The codebook and the base head stay as they are; a linear layer adds one logit per instruction token.
 Source of the idea: peterN908/ThinkClearly (3_sft_finetune.py, the wrapper that concatenates a CLEAR logit).
@@ -15,14 +15,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
-from transformers import JanusForConditionalGeneration
+from transformers import PreTrainedModel
 
 from thinkclearly.files import replacing, write_json
 from thinkclearly.instructions import InstructionVocabulary
-from thinkclearly.models.backbone import decode_tokens, embed_prompt, teacher_forced_hidden, tower_features
 from thinkclearly.models.config_files import read_json
-from thinkclearly.models.prompt import PromptBatch
-from thinkclearly.models.scores import Scores, score_hidden
+from thinkclearly.models.cross_entropy import Scores, score_hidden, score_words
+from thinkclearly.models.load import token_model
+from thinkclearly.models.protocol import PromptBatch, fill, position_ids
 from thinkclearly.models.weight_files import read_tensors
 
 HEAD_FILE, CONFIG_FILE = "gen_head_clear.safetensors", "clear_config.json"
@@ -53,32 +53,34 @@ class ClearConfig:
     edit: dict = field(default_factory=dict)
 
 
-class ClearEditModel(nn.Module):
-    """Janus plus instruction logits.
+class InstructionModel(nn.Module):
+    """A `TokenModel` plus instruction logits: an image head of K + I classes. I may be 0.
 
     Args:
-        janus: transformers' Janus model, bare or wrapped by PEFT.
+        network: transformers' model of a family, bare or wrapped by PEFT.
         config: vocabulary, class weight and codebook.
     """
 
-    def __init__(self, janus: JanusForConditionalGeneration | PeftModel, config: ClearConfig):
+    def __init__(self, network: PreTrainedModel | PeftModel, config: ClearConfig):
         super().__init__()
-        self.janus = janus
+        self.network = network
         self.clear_config = config
         self.vocabulary = InstructionVocabulary(config.codebook_size, tuple(config.instructions))
-        codes = self.base.config.vq_config.num_embeddings
+        self.token_model = token_model(self.base)
+        codes = self.token_model.codebook_size
         if codes != config.codebook_size:
             raise ValueError(f"The CLEAR head is for {config.codebook_size} codes, the base model has {codes}")
         # float32 whatever the base runs in: a single logit decides between copying and painting.
-        self.clear_head = nn.Linear(self.base.config.text_config.hidden_size, len(self.vocabulary))
-        nn.init.zeros_(self.clear_head.weight)
-        # One against K equally likely codes would start far too rare.
-        nn.init.constant_(self.clear_head.bias, math.log(config.codebook_size) / 2)
+        self.clear_head = nn.Linear(self.token_model.hidden_size, len(self.vocabulary))
+        if len(self.vocabulary):  # without instructions there is nothing to start
+            nn.init.zeros_(self.clear_head.weight)
+            # One against K equally likely codes would start far too rare.
+            nn.init.constant_(self.clear_head.bias, math.log(config.codebook_size) / 2)
 
     @property
-    def base(self) -> JanusForConditionalGeneration:
-        """The Janus model itself, with LoRA layers inside where there are any."""
-        return self.janus.get_base_model() if isinstance(self.janus, PeftModel) else self.janus
+    def base(self) -> PreTrainedModel:
+        """transformers' model itself, with LoRA layers inside where there are any."""
+        return self.network.get_base_model() if isinstance(self.network, PeftModel) else self.network
 
     @property
     def config(self):
@@ -94,53 +96,83 @@ class ClearEditModel(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., H) to float32 logits (..., K + I)."""
-        codes = self.base.model.generation_head(hidden).float()
+        codes = self.token_model.code_logits(hidden)
+        if not len(self.vocabulary):
+            return codes
         with torch.autocast(hidden.device.type, enabled=False):
             # FSDP's mixed precision hands the weights over in bfloat16, hence float() on them as well.
             weight, bias = self.clear_head.weight.float(), self.clear_head.bias.float()
             return torch.cat([codes, nn.functional.linear(hidden.float(), weight, bias)], dim=-1)
 
-    def forward(self, labels: torch.Tensor, **inputs) -> Scores:
-        """Teacher-forced scores of all N output positions, (B, N) each; inputs as for `teacher_forced_logits`."""
-        return score_hidden(
-            self.logits, self._teacher_forced_hidden(labels=labels, **inputs), labels, self.vocabulary.codebook_size
-        )
+    def forward(
+        self,
+        labels: torch.Tensor,
+        word_rows: torch.Tensor | None = None,
+        word_columns: torch.Tensor | None = None,
+        word_labels: torch.Tensor | None = None,
+        **inputs,
+    ) -> Scores:
+        """Teacher-forced scores of all output positions, (D, N) each, and of the words of answers, (A,).
+
+        Args:
+            word_rows, word_columns: long (A,), positions whose hidden states predict `word_labels`, long (A,).
+            labels, inputs: as for `teacher_forced_logits`.
+        """
+        hidden, codes = self._hidden(labels=labels, **inputs)
+        scores = score_hidden(self.logits, codes, labels, self.vocabulary.codebook_size)
+        if word_labels is not None:
+            states = hidden[word_rows, word_columns]
+            scores.word_nll, scores.word = score_words(self.token_model.word_logits, states, word_labels)
+        return scores
 
     def teacher_forced_logits(self, **inputs) -> torch.Tensor:
-        """Teacher-forced logits of all N output positions: float32 (B, N, K + I).
+        """Teacher-forced logits of all output positions: float32 (D, N, K + I).
 
         For looking at: all of them are in memory at once, and FSDP slices weights outside `forward`.
 
         Args:
-            input_ids, attention_mask, image_slot, source_slot: the fields of a `PromptBatch`.
-            source_tokens: long (B, N), codes of the source.
-            labels: long (B, N), class ids in [0, K + I).
-            pixel_values: float (B, 3, S, S), the source; decoded from its codes where there is no picture.
-            features: (B, N, W), what the vision tower makes of the source, in place of `pixel_values`.
+            input_ids, attention_mask, seen_slots, known_slots, pictures, drawn_slots: the fields of a `PromptBatch`
+                that was made with `outputs`. M pictures in all, D of its rows draw one.
+            source_tokens: long (M, N), codes of the pictures that are shown; None where there are none.
+            labels: long (D, N), class ids in [0, K + I).
+            transformed: long (D, I, N), codes of each instruction's transform of the source.
+            pixel_values: float (M, 3, S, S), the pictures; decoded from their codes where not given.
+            features: (M, N, W), what the understanding tower makes of them, in place of `pixel_values`.
         """
-        return self.logits(self._teacher_forced_hidden(**inputs))
+        return self.logits(self._hidden(**inputs)[1])
 
-    def _teacher_forced_hidden(
+    def _hidden(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        image_slot: torch.Tensor,
-        source_slot: torch.Tensor,
-        source_tokens: torch.Tensor,
         labels: torch.Tensor,
+        transformed: torch.Tensor | None = None,
+        source_tokens: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Hidden states (B, N, H) that predict the labels."""
-        prompt = PromptBatch(input_ids, attention_mask, image_slot, source_slot)
-        if features is None:
+        **prompt: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of all rows, (B, L, H), and those that predict the labels, (D, N, H)."""
+        family, prompt = self.token_model, PromptBatch(**prompt)
+        # 1. What is shown.
+        if source_tokens is not None and features is None:
             if pixel_values is None:
-                pixel_values = decode_tokens(self.base, source_tokens).clamp(-1, 1)
-            features = tower_features(self.base, pixel_values)
-        embeds = embed_prompt(self.base, prompt, self.base.model.aligner(features), source_tokens)
-        # Where a label is an instruction, the *source* code is fed back, as inference does.
-        fed_back = self.vocabulary.remap(labels, source_tokens.unsqueeze(-2))
-        return teacher_forced_hidden(self.base, embeds, attention_mask, fed_back)
+                pixel_values = family.decode(source_tokens).clamp(-1, 1)
+            features = family.see(pixel_values)
+        embeds = family.embed_prompt(prompt, features, source_tokens)
+        # 2. What is fed back. Where a label is an instruction, its transform's code, as inference does.
+        draws = prompt.drawn_slots >= 0
+        codes = labels if transformed is None else self.vocabulary.remap(labels, transformed)
+        if len(codes):
+            fed_back = embeds.new_zeros(len(draws), codes.shape[1] - 1, embeds.shape[-1])
+            fed_back[draws] = family.embed_codes(codes[:, :-1]).to(embeds.dtype)
+            embeds = fill(embeds, prompt.drawn_slots, fed_back)
+        # 3. Drawn pictures end their rows; the BOI before them predicts the first code.
+        hidden = family.language_model(
+            inputs_embeds=embeds,
+            attention_mask=prompt.attention_mask,
+            position_ids=position_ids(prompt.attention_mask),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden, hidden[draws, -labels.shape[1] :]
 
     def save_pretrained(self, directory: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Writes the adapter (or the whole model where there is none), the CLEAR head and its configuration.
@@ -149,12 +181,12 @@ class ClearEditModel(nn.Module):
             state_dict: of this model, where its weights lie in slices over several processes.
         """
         state = self.state_dict() if state_dict is None else state_dict
-        parts = {part: _below(state, f"{part}.") for part in ("janus", "clear_head")}
+        parts = {part: _below(state, f"{part}.") for part in ("network", "clear_head")}
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         # Without the flag PEFT asks the Hub whether the base's vocabulary has grown.
-        quiet = {"save_embedding_layers": False} if isinstance(self.janus, PeftModel) else {}
-        self.janus.save_pretrained(directory, state_dict=parts["janus"], **quiet)
+        quiet = {"save_embedding_layers": False} if isinstance(self.network, PeftModel) else {}
+        self.network.save_pretrained(directory, state_dict=parts["network"], **quiet)
         # Beside an adapter too: transformers' pipeline() reads it before anything else.
         self.base.config.save_pretrained(directory)
         tensors = {name: t.detach().float().cpu().contiguous() for name, t in parts["clear_head"].items()}

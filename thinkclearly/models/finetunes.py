@@ -1,0 +1,172 @@
+"""Fine-tunes and bases read for inference, and adapters put back into a model that goes on training.
+
+Knows every layout that a fine-tune comes in. Does not know how one is made.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+
+from thinkclearly.models.config_files import read_json
+from thinkclearly.models.instruction_head import CONFIG_FILE, ClearConfig, InstructionModel, read_clear_config
+from thinkclearly.models.janus.checkpoint import load_janus, resolve
+from thinkclearly.models.janus.original_finetune import (
+    check_original_base,
+    is_original_finetune,
+    read_original_finetune,
+)
+from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.models.load import Checkpoint, load_checkpoint
+from thinkclearly.models.weight_files import read_tensors
+
+logger = logging.getLogger(__name__)
+
+
+def load_finetune(model: InstructionModel, directory: str | Path) -> None:
+    """Puts the adapter and CLEAR head of `directory` into a model of the same shape (resuming)."""
+    directory = Path(directory)
+    if isinstance(model.network, PeftModel):
+        _load_lora(model.network, _read_adapter(directory), directory)
+    else:
+        model.network.load_state_dict(load_janus(str(directory)).state_dict())
+    model.load_head(directory)
+    saved = read_clear_config(directory)
+    for name, value in vars(saved).items():
+        setattr(model.clear_config, name, value)
+    # Fitted to the weights as they are now, which will change.
+    model.clear_config.gate_bias, model.clear_config.gate_temperature = 0.0, 1.0
+
+
+def load_clear_model(
+    name_or_path: str | Path,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    merge: bool = False,
+    **kwargs,
+) -> tuple[InstructionModel, JanusProcessor]:
+    """Loads a fine-tune for inference: ours, or the original's directory format.
+
+    Args:
+        name_or_path: folder or Hub id.
+        base: base model to use instead of the one the adapter names.
+        merge: add the adapter to the base's weights, which then decode faster; for editing only. Left undone where
+            they are not float32: rounding would take small updates away.
+        kwargs: `dtype`, `device`, …; see `load_janus`.
+
+    Raises:
+        FileNotFoundError, ValueError: the CLEAR head is missing or belongs to another base; never random weights.
+    """
+    directory = resolve(name_or_path, revision, token)
+    if is_original_finetune(directory):
+        lora, state, weight, bias = read_original_finetune(directory)
+        checkpoint = _load_base_of(lora, base, directory, token=token, **kwargs)
+        check_original_base(directory, checkpoint.network)
+        network = PeftModel(checkpoint.network, lora)
+        _load_lora(network, state, directory)
+        model = InstructionModel(network, ClearConfig(checkpoint.token_model.codebook_size))
+        model.set_head(weight, bias, where=directory / "gen_head_clear.pt")
+        return _ready(model, checkpoint, merge), checkpoint.processor
+    if not (directory / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{name_or_path} has no {CONFIG_FILE} and no gen_head_clear.pt, so it holds no CLEAR head. Give a "
+            "fine-tune made by `thinkclearly train`, or use load_base for a model that has not been fine-tuned."
+        )
+    config = read_clear_config(directory)
+    if not (directory / "adapter_config.json").is_file():
+        checkpoint = load_checkpoint(str(directory), **kwargs)
+        model = InstructionModel(checkpoint.network, config)
+    else:
+        state = _read_adapter(directory)
+        lora = _read_lora_config(directory, state)
+        checkpoint = _load_base_of(lora, base, directory, token=token, **kwargs)
+        network = PeftModel(checkpoint.network, lora)
+        # Not PeftModel.from_pretrained: it leaves layers that the file does not have at random, without a word.
+        _load_lora(network, state, directory)
+        model = InstructionModel(network, config)
+        found = model.token_model.base_fingerprint()
+        if config.base_hash and found and found != config.base_hash:
+            raise ValueError(
+                f"{name_or_path} was trained on base weights {config.base_hash}, "
+                f"{base or lora.base_model_name_or_path} has {found}: of the same shape, but another base. "
+                "Pass the right one as base=."
+            )
+    model.load_head(directory)
+    found = model.token_model.codebook_fingerprint()
+    if config.codebook_hash and found != config.codebook_hash:
+        raise ValueError(
+            f"{name_or_path} was trained on codebook {config.codebook_hash}, its base model now has {found}: not the "
+            "base it belongs to. Pass the right one as base=."
+        )
+    return _ready(model, checkpoint, merge), checkpoint.processor
+
+
+def load_base(name_or_path: str, **kwargs) -> tuple[InstructionModel, JanusProcessor]:
+    """A base model without CLEAR head: draws, describes and edits, but never copies."""
+    checkpoint = load_checkpoint(name_or_path, **kwargs)
+    codes = checkpoint.token_model.codebook_size
+    return _ready(InstructionModel(checkpoint.network, ClearConfig(codes, instructions=[])), checkpoint), checkpoint.processor
+
+
+def _ready(model: InstructionModel, checkpoint: Checkpoint, merge: bool = False) -> InstructionModel:
+    model.clear_head.to(next(model.base.lm_head.parameters()).device)
+    layers = model.token_model.language_model.layers
+    if merge and isinstance(model.network, PeftModel) and {p.dtype for p in layers.parameters()} == {torch.float32}:
+        model.network.merge_adapter()
+    return model.eval().requires_grad_(False)
+
+
+def _load_base_of(lora: PeftConfig, base: str | Path | None, directory: Path, **kwargs) -> Checkpoint:
+    """`base` where it is given, else the model (and revision) that the adapter names."""
+    if base is not None:
+        return load_checkpoint(base, **kwargs)
+    if not lora.base_model_name_or_path:
+        raise ValueError(f"{directory}/adapter_config.json names no base model; pass it as base=.")
+    return load_checkpoint(lora.base_model_name_or_path, revision=lora.revision, **kwargs)
+
+
+def _read_adapter(directory: Path) -> dict[str, torch.Tensor]:
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (directory / name).is_file():
+            return read_tensors(directory / name)
+    raise FileNotFoundError(f"{directory} has no adapter_model.safetensors; the adapter is missing. Copy it there.")
+
+
+def _read_lora_config(directory: Path, state: dict[str, torch.Tensor]) -> LoraConfig:
+    """The adapter's configuration, unless it would import modules, copy layers or take more room than the file."""
+    path = directory / "adapter_config.json"
+    read_json(path)  # names the file where it is damaged
+    try:
+        lora = PeftConfig.from_pretrained(str(directory))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not an adapter configuration ({error}). Get it again.") from error
+    risky = [name for name in ("layer_replication", "megatron_config") if getattr(lora, name, None)]
+    if not isinstance(lora, LoraConfig) or risky:
+        raise ValueError(f"{path} is {lora.peft_type} with {risky or 'other settings'}; expected plain LoRA or DoRA.")
+    largest = max((tensor.shape[0] for name, tensor in state.items() if "lora_A" in name), default=0)
+    ranks = [lora.r, *lora.rank_pattern.values()]
+    if not all(type(rank) is int and 0 < rank <= largest for rank in ranks):
+        raise ValueError(f"{path} has ranks {ranks}; the matrices beside it have {largest} at most. Get both again.")
+    return lora
+
+
+def _load_lora(network: PeftModel, state: dict[str, torch.Tensor], directory: Path) -> None:
+    """Every LoRA tensor of the model from `state` and nothing else in it, or an error."""
+    try:
+        result = set_peft_model_state_dict(network, state)
+    except RuntimeError as error:  # shapes: one line each, below a title
+        raise _misfit(directory, str(error).partition("\n")[2].strip().partition("\n")[0]) from error
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    if missing or result.unexpected_keys:
+        raise _misfit(directory, f"it lacks {missing[:3]} and has {result.unexpected_keys[:3]} too many")
+
+
+def _misfit(directory: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{directory}: the adapter does not fit this base model: {what}. Pass the base it was trained on as base=."
+    )

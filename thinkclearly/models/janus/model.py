@@ -1,0 +1,143 @@
+"""Janus, Janus-Pro and Janus-4o as a `TokenModel`: plain functions over transformers' JanusForConditionalGeneration.
+
+Knows nothing of CLEAR, and nothing of files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import JanusForConditionalGeneration
+
+from thinkclearly.models.protocol import PromptBatch, fill
+
+_PRECISION = threading.RLock()  # what it guards belongs to the process
+
+
+class Janus:
+    """See `models.protocol.TokenModel`.
+
+    Args:
+        network: native model, with LoRA layers inside or without.
+    """
+
+    learning_parts = ("language_model", "generation_head")
+    tokenizer_part = "vqmodel"
+
+    def __init__(self, network: JanusForConditionalGeneration):
+        self.network = network
+
+    @property
+    def language_model(self):
+        return self.network.model.language_model
+
+    @property
+    def codebook_size(self) -> int:
+        return self.network.config.vq_config.num_embeddings
+
+    @property
+    def hidden_size(self) -> int:
+        return self.network.config.text_config.hidden_size
+
+    @property
+    def grid(self) -> int:
+        vision = self.network.config.vision_config
+        return vision.image_size // vision.patch_size
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        vq = self.network.model.vqmodel
+        pixels = pixels.to(vq.device, torch.float32)
+        with _full_precision(pixels.device):
+            return vq.encode(pixels).image_tokens.view(pixels.shape[0], -1)
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        vq = self.network.model.vqmodel
+        with _full_precision(vq.device):
+            return vq.decode(codes.to(vq.device)).float()
+
+    def see(self, pixels: torch.Tensor) -> torch.Tensor:
+        vision = self.network.model.vision_model
+        weight = vision.embeddings.patch_embedding.weight
+        return vision(pixels.to(weight.device, weight.dtype)).last_hidden_state
+
+    def embed_prompt(
+        self, prompt: PromptBatch, features: torch.Tensor | None = None, codes: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        embeds = self.network.get_input_embeddings()(prompt.input_ids)
+        seen = None if features is None else self.network.model.aligner(features)
+        known = None if codes is None else self.embed_codes(codes)
+        for slots, values in ((prompt.seen_slots, seen), (prompt.known_slots, known)):
+            if values is None:
+                continue
+            for slot, picture in zip(slots.unbind(1), prompt.pictures.unbind(1)):
+                embeds = fill(embeds, slot, values.to(embeds.device)[picture])
+        return embeds
+
+    def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.network.prepare_embeddings_for_image_generation(codes)
+
+    def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.network.model.generation_head(hidden).float()
+
+    def word_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.network.lm_head(hidden).float()
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {**dict(self.network.model.named_children()), "lm_head": self.network.lm_head}
+
+    def codebook_fingerprint(self) -> str:
+        """SHA-256 of the codebook's unit rows and of the encoder's last weights, rounded to float16."""
+        vq = self.network.model.vqmodel
+        tensors = F.normalize(vq.quantize.embedding.weight.detach().float(), dim=-1), vq.quant_conv.weight.detach()
+        return _fingerprint(tensor.to("cpu", torch.float16) for tensor in tensors)
+
+    def base_fingerprint(self) -> str:
+        """SHA-256 of the generation head, language norms and every 64th word, rounded to bfloat16.
+
+        Fine-tunes of one model share codebook and shapes but not these. The same for float32 and bfloat16, and for a
+        language model in 4 or 8 bits; "" in float16, whose rounding is another, and where the head is quantised.
+        """
+        core = self.network.model
+        heads = [core.generation_head.proj_out, core.generation_head.vision_head]
+        tensors = [getattr(module, "base_layer", module).weight for module in heads]  # without LoRA
+        tensors += [core.language_model.embed_tokens.weight[::64], core.language_model.norm.weight]
+        tensors += [layer.input_layernorm.weight for layer in core.language_model.layers]
+        if any(tensor.dtype not in (torch.float32, torch.bfloat16) for tensor in tensors):
+            return ""
+        return _fingerprint(tensor.detach().to("cpu", torch.bfloat16).view(torch.int16) for tensor in tensors)
+
+
+def _fingerprint(tensors) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _full_precision(device: torch.device):
+    """The VQ model runs in float32 whatever the rest does: an argmin over codes depends on the dtype.
+
+    TF32, which CUDA takes for float32 unless told otherwise, is off meanwhile.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        with _PRECISION:
+            kinds = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+            before = [kind.fp32_precision for kind in kinds]
+            try:
+                for kind in kinds:
+                    kind.fp32_precision = "ieee"
+                yield
+            finally:
+                for kind, precision in zip(kinds, before):
+                    kind.fp32_precision = precision
