@@ -1,15 +1,34 @@
+"""Fixtures of all tests, and where reference data lies.
+
+Tests marked `golden` compare with reference data, or run on its checkpoint; they read every size from it.
+`GOLDEN_ROOT=folder pytest -m golden` runs them on another set of the layout of tests/fixtures.
+"""
+
+import json
+import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_server import HubServer
 from safetensors.torch import load_file
 
+GOLDEN_ROOT = Path(os.environ.get("GOLDEN_ROOT", Path(__file__).parent / "fixtures"))
+if not (GOLDEN_ROOT / "janus_tiny").is_dir():
+    raise pytest.UsageError(f"GOLDEN_ROOT={GOLDEN_ROOT} has no folder janus_tiny; see tests/fixtures.")
+
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The tiny reference checkpoint and its expected values."""
-    return Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "fixtures" / "janus_tiny"))
+    return GOLDEN_ROOT / "janus_tiny"
+
+
+@pytest.fixture(params=sorted(path.stem for path in (GOLDEN_ROOT / "janus_tiny" / "images").glob("*.png")))
+def name(request) -> str:
+    """Each picture of the golden set."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +38,31 @@ def expected(golden) -> dict:
 
 
 @pytest.fixture(scope="session")
+def expected_finetune(golden) -> dict:
+    """What the original's fine-tune makes of it."""
+    return load_file(golden / "expected_finetune.safetensors")
+
+
+@pytest.fixture(scope="session")
+def prompts(golden) -> dict:
+    """The strings that the expected values belong to."""
+    return json.loads((golden / "prompts.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
 def weights(golden) -> dict:
     """The tensors of the golden checkpoint, in DeepSeek's layout."""
     return load_file(golden / "checkpoint" / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def sizes(golden, weights) -> SimpleNamespace:
+    """Sizes of the golden checkpoint: codes, positions, grid (patches a side) and side (pixels)."""
+    positions = weights["vision_model.vision_tower.pos_embed"].shape[1]
+    side = json.loads((golden / "checkpoint" / "preprocessor_config.json").read_text())["image_size"]
+    return SimpleNamespace(
+        codes=len(weights["gen_embed.weight"]), positions=positions, grid=math.isqrt(positions), side=side
+    )
 
 
 @pytest.fixture

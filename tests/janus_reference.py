@@ -9,7 +9,6 @@ from peft import get_peft_model, set_peft_model_state_dict
 from thinkclearly.models.checkpoint import load_janus
 from thinkclearly.models.original_finetune import check_original_base, read_original_finetune
 
-NAMES = ("square", "landscape", "portrait")
 CODEBOOK = "gen_vision_model.quantize.embedding.weight"
 
 
@@ -18,6 +17,32 @@ def special_ids(golden):
     ids = {item["content"]: item["id"] for item in added}
     names = {"image": "<image_placeholder>", "boi": "<begin_of_image>", "eoi": "<end_of_image>", "pad": "<｜▁pad▁｜>"}
     return SimpleNamespace(**{name: ids[text] for name, text in names.items()})
+
+
+def pictures_of(expected):
+    """The names of the golden set's pictures."""
+    return sorted(key.removesuffix(".pixel_values") for key in expected if key.endswith(".pixel_values"))
+
+
+def t2i_keys(expected):
+    """The text-to-image prompts of the golden set."""
+    return sorted(key.removesuffix(".greedy_tokens") for key in expected if key.startswith("t2i") and "greedy" in key)
+
+
+def t2i_text(prompts, key):
+    return prompts[f"{key}.prompt"].removeprefix("<|User|>: ").split("\n\n<|Assistant|>")[0]
+
+
+def between(gate, share=0.5):
+    """A value of which about `share` of the log-odds lie below, in the widest gap there.
+
+    A median is one of them: as a bias it would put that position exactly on the border, to be decided by rounding.
+    """
+    values, reach = gate.flatten().sort().values, len(gate.flatten()) // 10
+    start, stop = (int(share * len(values)) + side * reach for side in (-1, 1))
+    window = values[max(start, 0) : stop + 1]
+    k = window.diff().argmax()
+    return (window[k : k + 2].sum() / 2).item()
 
 
 def encode(model, pixel_values):

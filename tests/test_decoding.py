@@ -1,24 +1,20 @@
 """One decoding loop gives what the reference does: text-to-image, three-row edits, the original's CLEAR fine-tune."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from janus_reference import between, pictures_of, t2i_keys, t2i_text
 from torch.nn.functional import pad
 
-from thinkclearly.decoding.engine import DecodeSettings, decode
+from thinkclearly.decoding.engine import GROWTH, MAX_BLOCK, MIN_BLOCK, DecodeSettings, decode
 from thinkclearly.models.backbone import embed_prompt, image_features
 from thinkclearly.models.prompt import FULL, PART, UNCOND
 from thinkclearly.training.adapters import load_base, load_clear_model
 
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def prompts(golden):
-    return json.loads((golden / "prompts.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +38,18 @@ def edit_rows(pair, expected, prompts, name, conditions):
     return rows, embeds, source
 
 
-def names(expected):
-    return sorted({key.split(".")[0] for key in expected if key.endswith(".edit.greedy_tokens")})
-
-
+@pytest.mark.golden
 def test_prompts_are_the_reference_ids(base, expected, prompts):
     _, processor = base
-    for name in names(expected):
+    for name in pictures_of(expected):
         assert processor.edit_ids(prompts["instructions"][name]) == expected[f"{name}.edit.input_ids"].tolist()
         rows = processor.describe_rows([prompts["question"]])
         assert rows.input_ids[0].tolist() == expected[f"{name}.understand.input_ids"].tolist()
 
 
+@pytest.mark.golden
 def test_three_row_edit_matches_the_reference(base, expected, prompts):
-    for name in names(expected):
+    for name in pictures_of(expected):
         rows, embeds, _ = edit_rows(base, expected, prompts, name, [FULL, PART, UNCOND])
         decoded = decode(
             base[0],
@@ -73,10 +67,11 @@ def test_three_row_edit_matches_the_reference(base, expected, prompts):
         )
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_blocks_are_masked_whatever_attention_the_model_was_loaded_with(golden, expected, prompts, implementation):
     pair = load_base(str(golden / "checkpoint"), attn_implementation=implementation)
-    name = names(expected)[0]
+    name = pictures_of(expected)[0]
     rows, embeds, source = edit_rows(pair, expected, prompts, name, [FULL, PART, UNCOND])
     settings = DecodeSettings(temperature=0, block=6)
     decoded = decode(
@@ -92,9 +87,10 @@ def test_blocks_are_masked_whatever_attention_the_model_was_loaded_with(golden, 
     assert pair[0].base.model.language_model.config._attn_implementation == implementation
 
 
+@pytest.mark.golden
 def test_text_to_image_matches_the_reference(base, expected, prompts):
-    for key in (k.split(".")[0] for k in expected if k.startswith("t2i") and k.endswith("greedy_tokens")):
-        text = prompts[f"{key}.prompt"].removeprefix("<|User|>: ").split("\n\n<|Assistant|>")[0]
+    for key in t2i_keys(expected):
+        text = t2i_text(prompts, key)
         rows = base[1].generate_rows([text, text], [FULL, UNCOND])
         assert rows.input_ids[0].tolist() == expected[f"{key}.input_ids"].tolist()
         decoded = decode(
@@ -108,12 +104,12 @@ def test_text_to_image_matches_the_reference(base, expected, prompts):
         assert decoded.tokens[0].tolist() == expected[f"{key}.greedy_tokens"].tolist()
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("mode", ["one_row", "guided"])
-def test_original_finetune_decodes_as_the_original_did(golden, finetune, expected, prompts, mode):
-    wanted = load_file(golden / "expected_finetune.safetensors")
+def test_original_finetune_decodes_as_the_original_did(golden, finetune, expected, expected_finetune, prompts, mode):
     settings = json.loads((golden / "finetune_settings.json").read_text())[mode]
     conditions = [FULL, PART, UNCOND] if mode == "guided" else [FULL]
-    for name in names(expected):
+    for name in pictures_of(expected):
         rows, embeds, source = edit_rows(finetune, expected, prompts, name, conditions)
         decoded = decode(
             finetune[0],
@@ -125,9 +121,10 @@ def test_original_finetune_decodes_as_the_original_did(golden, finetune, expecte
             samples=[(0, 0)],
             keep_logits=True,
         )
-        assert decoded.ids[0].tolist() == wanted[f"{name}.{mode}.ids"].tolist()
-        assert decoded.tokens[0].tolist() == wanted[f"{name}.{mode}.mapped_tokens"].tolist()
-        torch.testing.assert_close(decoded.logits[0], wanted[f"{name}.{mode}.logits"], atol=TOLERANCE, rtol=TOLERANCE)
+        assert decoded.ids[0].tolist() == expected_finetune[f"{name}.{mode}.ids"].tolist()
+        assert decoded.tokens[0].tolist() == expected_finetune[f"{name}.{mode}.mapped_tokens"].tolist()
+        wanted = expected_finetune[f"{name}.{mode}.logits"]
+        torch.testing.assert_close(decoded.logits[0], wanted, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +133,7 @@ def edits(finetune, expected, prompts):
 
     def embedded(conditions):
         model, processor = finetune
-        rows = [edit_rows(finetune, expected, prompts, name, conditions) for name in names(expected)]
+        rows = [edit_rows(finetune, expected, prompts, name, conditions) for name in pictures_of(expected)]
         longest = max(embeds.shape[1] for _, embeds, _ in rows)
         pads = [longest - embeds.shape[1] for _, embeds, _ in rows]
         embeds = torch.cat([pad(e, (0, 0, n, 0)) for (_, e, _), n in zip(rows, pads)])
@@ -160,6 +157,7 @@ def decoded_in_blocks(pair, rows, settings, block, seed=0, copy=True):
     )
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize(
     "settings",
     [
@@ -177,8 +175,8 @@ def test_any_block_length_gives_the_tokens_of_one_by_one(finetune, edits, settin
     settings = DecodeSettings(**settings)
     rows = edits[3 if settings.use_cfg else 1]
     gate = decoded_in_blocks(finetune, rows, settings, 1).gate
-    for seed, bias in enumerate((-gate.median().item(), -gate.quantile(0.1).item())):
-        settings = replace(settings, clear_bias=bias)
+    for seed, share in enumerate((0.5, 0.1)):
+        settings = replace(settings, clear_bias=-between(gate, share))
         one = decoded_in_blocks(finetune, rows, settings, 1, seed)
         assert one.passes == one.ids.shape[1]
         for block in (0, 2, 5, one.ids.shape[1], 1000):
@@ -191,17 +189,23 @@ def test_any_block_length_gives_the_tokens_of_one_by_one(finetune, edits, settin
             assert [sum(column) for column in zip(*many.accepted)] == [one.ids.shape[1]] * len(one.ids)
 
 
+@pytest.mark.golden
 def test_what_is_copied_costs_one_pass_a_block(finetune, edits):
-    settings = DecodeSettings(clear_bias=1e6)
-    for block, passes in ((36, 1), (12, 3), (5, 8), (0, 2)):  # adaptive: 16, and the rest
-        assert decoded_in_blocks(finetune, edits[3], settings, block).passes == passes
+    settings, positions = DecodeSettings(clear_bias=1e6), edits[3][2].shape[1]
+    for block in (positions, 12, 5):
+        assert decoded_in_blocks(finetune, edits[3], settings, block).passes == math.ceil(positions / block)
+    lengths = [max(2 * MIN_BLOCK, math.isqrt(positions))]
+    while sum(lengths) < positions:
+        lengths.append(min(math.ceil(GROWTH * lengths[-1]), MAX_BLOCK))
+    assert decoded_in_blocks(finetune, edits[3], settings, 0).passes == len(lengths)
 
 
+@pytest.mark.golden
 def test_the_source_draft_alone_takes_a_pass_for_each_token_that_is_not_the_sources(finetune, edits):
     settings = DecodeSettings(temperature=0.0, jacobi=False)
     gate = decoded_in_blocks(finetune, edits[3], settings, 1).gate
-    for bias in (-gate.median().item(), -gate.quantile(0.1).item()):
-        settings = replace(settings, clear_bias=bias)
+    for share in (0.5, 0.1):
+        settings = replace(settings, clear_bias=-between(gate, share))
         one = decoded_in_blocks(finetune, edits[3], settings, 1)
         whole = decoded_in_blocks(finetune, edits[3], settings, one.ids.shape[1])
         assert torch.equal(whole.tokens, one.tokens) and torch.equal(whole.codes, one.codes)
@@ -211,6 +215,7 @@ def test_the_source_draft_alone_takes_a_pass_for_each_token_that_is_not_the_sour
         assert torch.equal(guessed.tokens, one.tokens) and guessed.passes <= whole.passes
 
 
+@pytest.mark.golden
 def test_without_copying_blocks_change_nothing_either(base, edits):
     """Text-to-image, and an untuned base, whose draft is the source's plain tokens."""
     for copy in (True, False):
@@ -233,8 +238,8 @@ def test_a_compiled_language_model_gives_the_same_tokens(golden, edits):
     """With dynamic shapes two graphs serve any prompt, block and place: the first pass and all others."""
     pair = load_clear_model(golden / "finetune", base=golden / "checkpoint")
     settings = DecodeSettings(temperature=0.0)
-    bias = -decoded_in_blocks(pair, edits[3], settings, 1).gate.median().item()
-    settings = replace(settings, clear_bias=bias)
+    gate = decoded_in_blocks(pair, edits[3], settings, 1).gate
+    settings = replace(settings, clear_bias=-between(gate))
     plain = [decoded_in_blocks(pair, edits[3], settings, block) for block in (0, 5)]
     torch._dynamo.reset()
     pair[0].base.model.language_model.compile(dynamic=True)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from janus_reference import CODEBOOK, NAMES, adapted, edit_embeds, encode, same, special_ids
+from janus_reference import CODEBOOK, adapted, edit_embeds, encode, pictures_of, same, special_ids, t2i_keys
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
@@ -13,6 +13,7 @@ from transformers import JanusConfig, JanusForConditionalGeneration, JanusVision
 from thinkclearly.models import deepseek
 from thinkclearly.models.checkpoint import export_deepseek, from_deepseek, load_janus
 
+pytestmark = pytest.mark.golden
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 
 
@@ -21,7 +22,6 @@ def model(golden):
     return load_janus(golden / "checkpoint")
 
 
-@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_image_side_is_deepseeks(model, expected, name):
     pixels = expected[f"{name}.pixel_values"]
@@ -33,7 +33,6 @@ def test_image_side_is_deepseeks(model, expected, name):
     torch.testing.assert_close(features, expected[f"{name}.image_features"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_edit_logits_are_deepseeks(model, golden, expected, name):
     embeds = edit_embeds(model, golden, expected, name)
@@ -43,7 +42,6 @@ def test_edit_logits_are_deepseeks(model, golden, expected, name):
     torch.testing.assert_close(logits, expected[f"{name}.edit.row_logits"][0], **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_understanding_logits_are_deepseeks(model, expected, name):
     ids = expected[f"{name}.understand.input_ids"][None]
@@ -51,11 +49,11 @@ def test_understanding_logits_are_deepseeks(model, expected, name):
     torch.testing.assert_close(logits, expected[f"{name}.understand.next_token_logits"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ("t2i_a", "t2i_b"))
-def test_native_generate_draws_deepseeks_tokens(model, expected, name):
-    ids = expected[f"{name}.input_ids"][None]
-    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), generation_mode="image", guidance_scale=5.0)
-    assert torch.equal(tokens[0], expected[f"{name}.greedy_tokens"])
+def test_native_generate_draws_deepseeks_tokens(model, expected):
+    for key in t2i_keys(expected):
+        ids = expected[f"{key}.input_ids"][None]
+        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), generation_mode="image", guidance_scale=5.0)
+        assert torch.equal(tokens[0], expected[f"{key}.greedy_tokens"])
 
 
 @torch.no_grad()
@@ -138,14 +136,12 @@ def test_half_precision_leaves_the_tokenizer_alone(golden, model, expected):
     assert {p.dtype for name, p in half.named_parameters() if "vqmodel" not in name} == {torch.bfloat16}
     assert half.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
     assert same(vq, model.model.vqmodel)
-    for name in NAMES:
+    for name in pictures_of(expected):
         assert torch.equal(encode(half, expected[f"{name}.pixel_values"]), expected[f"{name}.image_tokens"])
 
 
-@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_finetune_teacher_logits_are_the_originals(golden, expected, name):
-    expected_finetune = load_file(golden / "expected_finetune.safetensors")
+def test_finetune_teacher_logits_are_the_originals(golden, expected, expected_finetune, name):
     model, weight, bias = adapted(golden, golden / "finetune")
     janus = model.get_base_model()
     prefix = edit_embeds(janus, golden, expected, name)[:1]
@@ -213,7 +209,7 @@ def test_live_against_deepseek(model, golden, weights, expected, tmp_path, monke
         assert all(".attn_pool." in key for key in result.missing_keys)
         ours = from_deepseek(theirs)
         assert same(ours, model)
-        for name in NAMES:
+        for name in pictures_of(expected):
             pixels = expected[f"{name}.pixel_values"][None]
             tokens = theirs.gen_vision_model.encode(pixels)[2][2]
             assert torch.equal(encode(ours, pixels[0]), tokens.flatten())

@@ -8,16 +8,15 @@ import random
 import numpy as np
 import pytest
 import torch
+from janus_reference import between, t2i_keys, t2i_text
 from PIL import Image
-from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
 
 from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.result import EditSettings
-from thinkclearly.images import Letterbox
 from thinkclearly.training.adapters import load_base, load_clear_model
 
-POSITIONS, CODES = 36, 128
+pytestmark = pytest.mark.golden
 INSTRUCTIONS = ["Make the red circle blue.", "Night.", "Remove the green square from the table and nothing else."]
 
 
@@ -34,17 +33,19 @@ def base_editor(golden):
 
 @pytest.fixture(scope="module")
 def pictures(golden):
-    return [golden / "images" / f"{name}.png" for name in ("square", "landscape", "portrait")]
+    """As many as there are instructions, squares first."""
+    found = sorted((golden / "images").glob("*.png"), key=lambda path: np.ptp(Image.open(path).size))
+    return found[: len(INSTRUCTIONS)]
 
 
 @pytest.fixture(scope="module")
 def bias(editor, pictures):
     """Puts the gate's zero among its values: the tiny model copies some patches and paints others."""
-    return -editor.edit(pictures[0], INSTRUCTIONS[0], temperature=0).gate.median().item()
+    return -between(editor.edit(pictures[0], INSTRUCTIONS[0], temperature=0).gate)
 
 
-def clear_pixels(result, size=96):
-    return Letterbox(*result.source.size, size).unfit_grid(result.clear)
+def clear_pixels(result):
+    return result.letterbox.unfit_grid(result.clear)
 
 
 def largest_difference(a, b):
@@ -52,7 +53,7 @@ def largest_difference(a, b):
     return np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max()
 
 
-def test_several_samples_differ_and_each_is_its_own(editor, pictures, bias):
+def test_several_samples_differ_and_each_is_its_own(editor, pictures, bias, sizes):
     options = {"seed": 3, "clear_bias": bias}
     three = editor.edit(pictures[1], INSTRUCTIONS[0], num_images=3, **options)
     five = editor.edit(pictures[1], INSTRUCTIONS[0], num_images=5, **options)
@@ -63,13 +64,13 @@ def test_several_samples_differ_and_each_is_its_own(editor, pictures, bias):
         assert torch.equal(result.ids, five[k].ids)
         assert torch.equal(result.tokens, five[k].tokens)
         assert largest_difference(result.image, five[k].image) <= 1
-        assert result.tokens.max() < CODES, "no instruction goes back into the model"
+        assert result.tokens.max() < sizes.codes, "no instruction goes back into the model"
     alone = editor.edit(pictures[1], INSTRUCTIONS[0], **options)
     assert torch.equal(alone.ids, three[0].ids)
     other = editor.edit(pictures[1], INSTRUCTIONS[0], **options | {"seed": 4})
     assert not torch.equal(other.ids, alone.ids)
     # Noise that is not noise (NaN, a constant) would repeat one code.
-    assert len(set(alone.codes.tolist())) > POSITIONS // 4
+    assert len(set(alone.codes.tolist())) > sizes.positions // 4
 
 
 @pytest.mark.parametrize("guidance", ["factorised", "joint"])
@@ -88,7 +89,7 @@ def test_a_batch_gives_the_same_tokens_as_one_by_one(editor, pictures, bias, gui
         assert result.image.size == Image.open(picture).size
 
 
-def test_settings_change_what_they_say(editor, pictures, bias):
+def test_settings_change_what_they_say(editor, pictures, bias, sizes):
     options = {"temperature": 0.0, "clear_bias": bias, "cfg_weight": 3.0}
     guided = editor.edit(pictures[0], INSTRUCTIONS[0], **options)
     free = editor.edit(pictures[0], INSTRUCTIONS[0], **options, use_cfg=False)
@@ -102,13 +103,13 @@ def test_settings_change_what_they_say(editor, pictures, bias):
     assert np.array_equal(everything.image, everything.source)
     assert not np.array_equal(everything.raw, everything.token_composite), "raw is without CLEAR"
     joint = editor.edit(pictures[0], INSTRUCTIONS[0], temperature=1.0, clear_bias=bias, guidance="joint", top_k=3)
-    painted = joint.ids < CODES
+    painted = joint.ids < sizes.codes
     assert torch.equal(joint.codes[painted], joint.tokens[painted])
 
 
-def test_the_gate_decides_in_factorised_mode(editor, pictures, bias):
+def test_the_gate_decides_in_factorised_mode(editor, pictures, bias, sizes):
     result = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias)
-    copied = result.ids >= CODES
+    copied = result.ids >= sizes.codes
     assert 0 < copied.float().mean() < 1
     assert torch.equal(copied, result.gate > 0)
     assert torch.equal(result.tokens, torch.where(copied, result.source_tokens, result.ids))
@@ -139,9 +140,9 @@ def test_smoothing_changes_the_composite_not_the_mask(editor, pictures, bias):
     assert np.array_equal(smooth.image, expected)
 
 
-def test_a_base_without_head_edits_but_never_copies(base_editor, pictures, tmp_path):
+def test_a_base_without_head_edits_but_never_copies(base_editor, pictures, sizes, tmp_path):
     result = base_editor.edit(pictures[1], INSTRUCTIONS[0], num_images=2, clear_bias=1e4)[1]
-    assert result.clear_fraction == 0 and result.ids.max() < CODES
+    assert result.clear_fraction == 0 and result.ids.max() < sizes.codes
     assert torch.equal(result.ids, result.tokens) and torch.equal(result.ids, result.codes)
     assert result.gate.isnan().all()
     assert np.array_equal(result.image, result.token_composite)
@@ -163,7 +164,7 @@ def test_raw_and_decoded_source_are_drawn_when_asked_for(editor, pictures, bias)
     assert copied.further is None and np.array_equal(copied.raw, results[3].raw)
 
 
-def test_saved_files_hold_the_result(editor, pictures, bias, tmp_path):
+def test_saved_files_hold_the_result(editor, pictures, bias, sizes, tmp_path):
     result = editor.edit(pictures[1], INSTRUCTIONS[0], clear_bias=bias, seed=11)
     names = {f"{name}.png" for name in ("input_image", "input_decoded", "raw_model", "token_composite")}
     names |= {"pixel_composite.png", "clear_mask.png", "copy_matching_tokens.png", "result.json"}
@@ -175,25 +176,26 @@ def test_saved_files_hold_the_result(editor, pictures, bias, tmp_path):
     assert np.array_equal(Image.open(tmp_path / "c" / "input_image.png"), result.source)
     content = json.loads((tmp_path / "c" / "result.json").read_text())
     assert content["instruction"] == INSTRUCTIONS[0] and content["seed"] == 11
-    assert content["size"] == [500, 333] and content["ids"] == result.ids.tolist()
+    assert content["size"] == [*result.source.size] and content["ids"] == result.ids.tolist()
     assert EditSettings(**content["settings"]).clear_bias == bias
     trace = [json.loads(line) for line in (tmp_path / "c" / "token_trace.jsonl").read_text().splitlines()]
-    assert [line["position"] for line in trace] == list(range(POSITIONS))
+    assert [line["position"] for line in trace] == list(range(sizes.positions))
     assert [line["id"] for line in trace] == result.ids.tolist()
-    assert trace[7]["row"] == 1 and trace[7]["column"] == 1
-    assert trace[7]["gate"] == pytest.approx(result.gate[7].item())
+    line = trace[sizes.grid + 1]
+    assert line["row"] == 1 and line["column"] == 1
+    assert line["gate"] == pytest.approx(result.gate[sizes.grid + 1].item())
 
 
-def test_progress_is_told_after_every_pass(editor, pictures):
+def test_progress_is_told_after_every_pass(editor, pictures, sizes):
     calls = []
     for options in ({"block": 1}, {"block": 5}, {}):
         calls.clear()
         result = editor.edit(pictures[0], INSTRUCTIONS[0], progress=lambda *call: calls.append(call), **options)
         done = [call[0] for call in calls]
-        assert len(calls) == result.passes and done == sorted(set(done)) and calls[-1] == (POSITIONS, POSITIONS)
+        assert len(calls) == result.passes and done == sorted(set(done)) and calls[-1] == (sizes.positions,) * 2
     calls.clear()
     editor.generate("a red circle", progress=lambda *call: calls.append(call), block=1)
-    assert calls == [(done, POSITIONS) for done in range(1, POSITIONS + 1)]
+    assert calls == [(done, sizes.positions) for done in range(1, sizes.positions + 1)]
 
 
 @pytest.mark.parametrize(
@@ -239,35 +241,32 @@ def test_a_checkpoints_own_settings_are_the_defaults(editor, pictures):
         model.clear_config.edit = {}
 
 
-def test_text_to_image(editor):
+def test_text_to_image(editor, sizes):
     (greedy,) = editor.generate("a red circle on the left", temperature=0, cfg_weight=5.0)
-    assert greedy.size == (96, 96)
+    assert greedy.size == (sizes.side, sizes.side)
     pictures = editor.generate("a red circle on the left", num_images=3, seed=2)
     assert len({picture.tobytes() for picture in pictures}) == 3
     again = editor.generate("a red circle on the left", num_images=4, seed=2)
     assert all(largest_difference(a, b) <= 1 for a, b in zip(pictures, again))
     (free,) = editor.generate("a red circle on the left", use_cfg=False, temperature=0)
-    assert free.size == (96, 96)
+    assert free.size == (sizes.side, sizes.side)
     for wrong in ({"prompt": " "}, {"prompt": "x", "num_images": 0}):
         with pytest.raises(ValueError, match="empty|num_images"):
             editor.generate(**wrong)
 
 
-def test_text_to_image_is_the_references(base_editor, golden):
-    expected = load_file(golden / "expected.safetensors")["t2i_a.decoded"]
-    (picture,) = base_editor.generate("a red circle on the left", temperature=0, cfg_weight=5.0)
-    pixels = ((expected.clamp(-1, 1) + 1) / 2 * 255).numpy().transpose(1, 2, 0)
-    assert np.abs(np.asarray(picture) - pixels).max() < 1.01, "truncated to bytes"
+def test_text_to_image_is_the_references(base_editor, expected, prompts):
+    for key in t2i_keys(expected):
+        (picture,) = base_editor.generate(t2i_text(prompts, key), temperature=0, cfg_weight=5.0)
+        pixels = ((expected[f"{key}.decoded"].clamp(-1, 1) + 1) / 2 * 255).numpy().transpose(1, 2, 0)
+        assert np.abs(np.asarray(picture) - pixels).max() < 1.01, "truncated to bytes"
 
 
-def test_questions_are_answered_as_the_reference_does(base_editor, golden):
-    expected = load_file(golden / "expected.safetensors")
-    question = json.loads((golden / "prompts.json").read_text(encoding="utf-8"))["question"]
-    for name in ("square", "landscape", "portrait"):
-        path = golden / "images" / f"{name}.png"
-        ids = expected[f"{name}.understand.greedy_ids"]
-        (answer,) = base_editor.describe(path, question, max_new_tokens=len(ids))
-        assert answer == base_editor.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+def test_questions_are_answered_as_the_reference_does(base_editor, golden, expected, prompts, name):
+    ids = expected[f"{name}.understand.greedy_ids"]
+    path = golden / "images" / f"{name}.png"
+    (answer,) = base_editor.describe(path, prompts["question"], max_new_tokens=len(ids))
+    assert answer == base_editor.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def test_answers_can_be_drawn(base_editor, pictures):

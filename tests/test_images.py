@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
 
 from thinkclearly import images
 from thinkclearly.images import ImageError, Letterbox, load_image, load_mask, to_image, to_pixel_values
@@ -168,13 +167,13 @@ def test_masks():
 # Geometry
 
 
-@pytest.mark.parametrize("name", ["square", "landscape", "portrait"])
-def test_pixels_equal_the_reference(golden, name):
-    expected = load_file(golden / "expected.safetensors")[f"{name}.pixel_values"]
+@pytest.mark.golden
+def test_pixels_equal_the_reference(golden, expected, name):
+    wanted = expected[f"{name}.pixel_values"]
     picture = load_image(golden / "images" / f"{name}.png")
-    square = Letterbox(*picture.size, expected.shape[-1]).fit(picture)
-    assert torch.equal(to_pixel_values(square), expected[None])
-    assert torch.equal(to_pixel_values([square, square])[1], expected)
+    square = Letterbox(*picture.size, wanted.shape[-1]).fit(picture)
+    assert torch.equal(to_pixel_values(square), wanted[None])
+    assert torch.equal(to_pixel_values([square, square])[1], wanted)
 
 
 def test_square_of_model_size_is_left_alone():

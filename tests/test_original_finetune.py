@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from thinkclearly.models.checkpoint import load_janus
 from thinkclearly.models.original_finetune import check_original_base, is_original_finetune, read_original_finetune
 
+pytestmark = pytest.mark.golden
+
 
 @pytest.fixture
 def finetune(golden, tmp_path):

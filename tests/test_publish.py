@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from thinkclearly import load_editor
-from thinkclearly.config import RecipeParser, effective_recipe
+from thinkclearly.config import _NOT_SHARED, RecipeParser, effective_recipe
 from thinkclearly.data import sources
 from thinkclearly.data.prepare import load_encoded, prepare_dataset
 from thinkclearly.hub.publish import check_publishable, push, staged
@@ -145,18 +148,75 @@ def test_saved_training_arguments_hold_no_token(tmp_path):
     assert b"hf_of_you" not in (tmp_path / "training_args.bin").read_bytes()
 
 
-def test_the_published_recipe_gives_the_same_options_and_names_no_path(tmp_path):
-    argv = ["--base_model", str(tmp_path), "--output_dir", str(tmp_path), "--lora_r", "4", "--clear_bias", "0.5"]
-    argv += ["--hub_token", "hf_of_you", "--optim", "sgd", "--warmup_steps", "3", "--source", "magicbrush"]
-    options = RecipeParser(TRAIN_OPTIONS).parse(argv)
-    recipe = effective_recipe(*options)
+# A value other than the default for every option whose type alone does not say which words it takes.
+WORDS = {
+    **{"dtype": "bfloat16", "source": "folder", "match": "all", "clear_label": "mask", "on_bad_record": "skip"},
+    **{"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.15}, "optim": "sgd"},
+    **{"logging_strategy": "epoch", "eval_strategy": "no", "save_strategy": "best", "log_level": "info"},
+    **{"log_level_replica": "error", "dataloader_multiprocessing_context": "fork"},
+    **{"train_sampling_strategy": "sequential", "debug": ["underflow_overflow"], "dataloader_num_workers": 2},
+    **{"accelerator_config": {"split_batches": True, "gradient_accumulation_kwargs": {"sync_each_batch": True}}},
+    **{"activation_checkpointing_kwargs": {"use_reentrant": False}, "gradient_checkpointing_kwargs": None},
+    **{"gradient_checkpointing": None, "torch_compile_mode": "default", "fsdp_config": {"min_num_params": 5}},
+    **{"optim_target_modules": ["q_proj"], "report_to": ["tensorboard"], "label_names": ["labels", "source"]},
+}
+# What needs a GPU, a launch or another package, contradicts another option, or has no form on a command line.
+NOT_HERE = {
+    *("fp16", "fp16_full_eval", "tf32", "torch_compile", "fsdp", "deepspeed", "ddp_backend", "parallelism_config"),
+}
+
+
+def every_option():
+    """(name, kinds of values, default) of all options of training that a recipe holds."""
+    for kind in TRAIN_OPTIONS:
+        hints = get_type_hints(kind)
+        for f in fields(kind):
+            if f.name not in NOT_HERE and f.name not in _NOT_SHARED and "hub" not in f.name.split("_"):
+                default = f.default if f.default_factory is MISSING else f.default_factory()
+                yield f.name, {get_origin(k) or k for k in get_args(hints[f.name]) or [hints[f.name]]}, default
+
+
+def another_value(name, kinds, default):
+    if name in WORDS:
+        return WORDS[name]
+    examples = {bool: not default, int: (default or 0) + 3 if int in kinds else 0, float: 0.25, dict: {"a": True}}
+    return next((value for kind, value in (examples | {list: ["a", "7"], str: "a word"}).items() if kind in kinds))
+
+
+def of(options):
+    return {name: value for part in options for name, value in vars(part).items()}
+
+
+@pytest.mark.parametrize("values", ["changed", "null", "default"])
+def test_the_recipe_repeats_the_run_whatever_its_options(values, tmp_path, monkeypatch):
+    monkeypatch.setattr("thinkclearly.config.find_spec", lambda name: name)  # whether a tracker is installed
+    chosen = {
+        "changed": {name: another_value(name, kinds, default) for name, kinds, default in every_option()},
+        "null": {name: None for name, kinds, default in every_option() if NoneType in kinds and default is not None},
+        "default": {},
+    }[values]
+    assert values != "null" or {"save_total_limit", "eval_steps", "label_names"} <= set(chosen)
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump(chosen))
+    options = RecipeParser(TRAIN_OPTIONS).parse([str(tmp_path / "given.yaml")])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(effective_recipe(*options)))
+    found, expected = of(RecipeParser(TRAIN_OPTIONS).parse([str(tmp_path / "recipe.yaml")])), of(options)
+    for name, _, default in every_option():
+        assert found[name] == expected[name], name
+        assert values != "changed" or expected[name] != default, f"{name}: try another value"
+
+
+def test_the_recipe_names_no_path_of_this_machine_and_asks_for_what_it_left_out(tmp_path, capsys):
+    argv = ["--base_model", str(tmp_path), "--output_dir", str(tmp_path), "--source", "jsonl"]
+    argv += ["--path", str(tmp_path / "a.jsonl"), "--photos_folder", str(tmp_path), "--hub_token", "hf_of_you"]
+    recipe = effective_recipe(*RecipeParser(TRAIN_OPTIONS).parse(argv))
     assert str(tmp_path) not in str(recipe) and "hub" not in str(recipe)
-    assert (recipe["optim"], recipe["clear_bias"], recipe["learning_rate"]) == ("sgd", 0.5, 5e-5)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert effective_recipe(*RecipeParser(TRAIN_OPTIONS).parse([str(tmp_path / "recipe.yaml")])) == {
-        "base_model": "tiny",
-        **recipe,
-    }
+    with pytest.raises(SystemExit):
+        RecipeParser(TRAIN_OPTIONS, prog="thinkclearly train").parse([str(tmp_path / "recipe.yaml")])
+    assert "required: --base_model" in capsys.readouterr().err
+    given = ["--base_model", "you/base", "--path", "b.jsonl", "--photos_folder", "photos"]
+    model, _, data, *_ = RecipeParser(TRAIN_OPTIONS).parse([str(tmp_path / "recipe.yaml"), *given])
+    assert (model.base_model, data.path, data.photos_folder) == ("you/base", "b.jsonl", "photos")
 
 
 # ---- the same edits in other forms -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import difflib
 import math
 import sys
 from argparse import ArgumentTypeError
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from datetime import date
 from enum import Enum
 from importlib.util import find_spec
@@ -20,14 +20,19 @@ from typing import Union, get_args, get_origin, get_type_hints
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Of the machine or the moment, not of the model.
+# Of the machine, the moment or an account, not of the model; and aliases, whose values the new names carry.
 _NOT_SHARED = (
-    *("output_dir", "prepared_dir", "prepare_workers", "photos_folder", "run_name", "resume_from_checkpoint"),
-    *("use_cpu", "do_eval", "disable_tqdm"),
+    *("output_dir", "prepared_dir", "prepare_workers", "run_name", "resume_from_checkpoint", "dry_run"),
+    *("use_cpu", "do_eval", "disable_tqdm", "local_rank", "project", "trackio_space_id", "trackio_bucket_id"),
+    *("trackio_static_space_id", "include_num_input_tokens_seen", "share_samples"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
 )
+_PATHS = ("base_model", "path", "photos_folder")
+LEFT_OUT = "<a path on the machine that trained>"
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -44,24 +49,40 @@ def is_local(name: str) -> bool:
 def effective_recipe(*options) -> dict:
     """The options of a run as a recipe that others can use: no paths of this machine, nothing of the Hub account.
 
-    All of our own options are in it, of transformers' only those that were changed.
+    All of our own options are in it, of transformers' only those that were changed. Whoever repeats the run has to
+    give what is `LEFT_OUT`; `RecipeParser` asks for it.
     """
     recipe = {}
     for part in options:
         own = type(part).__annotations__
         for f in fields(part):
-            value, name = getattr(part, f.name), f.name
-            value = value.value if isinstance(value, Enum) else value
-            if name in _NOT_SHARED or "hub" in name.split("_") or value in (None, [], {}):
+            name, value = f.name, _plain(getattr(part, f.name))
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if name in _NOT_SHARED or "hub" in name.split("_"):
                 continue
-            if name in ("base_model", "path") and is_local(value):
+            if value in (None, "", [], {}) and default in (None, "", "none", [], {}):
                 continue
-            if isinstance(value, str) and Path(value).is_absolute():
+            if name not in own and value == default:
                 continue
-            changed = value != f.default and (value or f.default)
-            if isinstance(value, (bool, int, float, str, list)) and (name in own or changed):
-                recipe[name] = value
+            local = _has_absolute_path(value) or name in _PATHS and is_local(value)
+            recipe[name] = LEFT_OUT if local else value
     return recipe
+
+
+def _plain(value):
+    """What YAML can hold of an option's value."""
+    if isinstance(value, AcceleratorConfig):
+        default = AcceleratorConfig().to_dict()
+        return {name: item for name, item in value.to_dict().items() if item != default[name]}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def _has_absolute_path(value) -> bool:
+    if isinstance(value, (dict, list)):
+        return any(map(_has_absolute_path, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and Path(value).is_absolute()
 
 
 def option(default, text: str):
@@ -197,6 +218,7 @@ class ClearTrainingArguments(TrainingArguments):
     def __post_init__(self):
         # A recipe written for a GPU runs where there is none, too.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.report_to = self.report_to or "none"
         super().__post_init__()
         for tracker in set(self.report_to) & {"tensorboard", "trackio", "wandb"}:
             if find_spec(tracker) is None:
@@ -256,9 +278,11 @@ class RecipeParser(HfArgumentParser):
         for key in content:
             if key not in self._names():
                 self.error(self._suggest(str(key), f"{recipe}: unknown key {key!r}"))
+        left_out = {key for key, value in content.items() if value == LEFT_OUT}
+        content = {key: value for key, value in content.items() if key not in left_out}
         for action in self._actions:
+            action.required = action.dest in left_out or action.required and action.dest not in content
             if action.dest in content:
-                action.required = False
                 content[action.dest] = self._value(action, content[action.dest], f"{recipe}: {action.dest}")
         return content
 

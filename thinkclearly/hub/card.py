@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
+from thinkclearly.config import LEFT_OUT
 from thinkclearly.data.prepare import Preparation
 from thinkclearly.evaluation.benchmark import SHARED_FOLDER
 from thinkclearly.evaluation.benchmark_report import eval_results
@@ -192,10 +193,12 @@ result["image"].save("edited.png")
 def _data_name(recipe: dict) -> str:
     """The Hub id of the data, or what it is in words."""
     source, path = recipe.get("source"), recipe.get("path")
-    if source == "magicbrush":
+    if source == "magicbrush" and path != LEFT_OUT:
         return path or "osunlp/MagicBrush"
-    if source == "prepared" and path:
+    if source == "prepared" and path not in (None, LEFT_OUT):
         return path
+    if source == "shapes" and "photos_folder" in recipe:
+        return "built-in shapes on private photographs"
     return {None: "unnamed data", "shapes": "built-in shapes"}.get(source, f"private data ({source})")
 
 

@@ -167,7 +167,7 @@ def staged(
             shutil.copy(Path(__file__).parent / "remote_pipeline.py", folder / PIPELINE_FILE)
         _link(run, folder, (RECIPE_FILE,))
         if base_model_id and (recipe := folder / RECIPE_FILE).is_file():
-            settings = {"base_model": base_model_id} | yaml.safe_load(recipe.read_text(encoding="utf-8"))
+            settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) | {"base_model": base_model_id}
             write_text(recipe, yaml.safe_dump(settings, sort_keys=False))
         samples = sorted((run / "samples").glob("*.png"), reverse=True)[:SAMPLES]
         _link(run, folder, [f"samples/{path.name}" for path in samples])
