@@ -46,13 +46,13 @@ Sample = tuple[Segment, ...]
 
 def drawing(words: str, pictures: Iterable[int] = ()) -> Sample:
     """Draw a picture from words and the given pictures: an edit where there are any, text-to-image where not."""
-    return (*[part for i in pictures for part in (Seen(i), Known(i))], Words(words.strip()), Drawn())
+    return (*[part for i in pictures for part in (Seen(i), Known(i))], Words(words), Drawn())
 
 
 def answering(question: str, pictures: Iterable[int], answer: str | None = None) -> Sample:
     """Answer a question about pictures; `answer` is given in training."""
-    said = () if answer is None else (Words(answer.strip(), answer=True),)
-    return (*map(Seen, pictures), Words(question.strip()), *said)
+    said = () if answer is None else (Words(answer, answer=True),)
+    return (*map(Seen, pictures), Words(question), *said)
 
 
 FULL, NO_SOURCE, UNCOND = "full", "no_source", "uncond"

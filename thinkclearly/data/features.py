@@ -23,22 +23,29 @@ from tqdm.auto import tqdm
 from thinkclearly.data.sources import BadRecord
 from thinkclearly.files import replacing
 from thinkclearly.images import ImageError, Letterbox, load_image
-from thinkclearly.models.backbone import tower_features
-from thinkclearly.models.clear_head import ClearEditModel
-from thinkclearly.models.prompt import ClearEditProcessor
+from thinkclearly.models.instruction_head import InstructionModel
+from thinkclearly.models.janus.processor import JanusProcessor
 
 logger = logging.getLogger(__name__)
 
 BATCH = 16  # pictures that the tower sees at once
 
 
-def source_square(row: dict, image_size: int) -> Image.Image:
-    """The source picture of a row, fitted into the model's square; `BadRecord` where it cannot be read."""
+def pictures_of(row: dict) -> list[dict]:
+    """The encoded pictures that a record shows, `{"bytes", "path"}` each; an edit has one, in `source`."""
+    if "sources" in row:
+        return row["sources"]
+    source = row.get("source") or {}
+    return [source] if source.get("bytes") or source.get("path") else []
+
+
+def source_square(picture: dict, key: str, image_size: int) -> Image.Image:
+    """A record's picture fitted into the model's square; `BadRecord` where it cannot be read."""
     try:
-        picture = load_image(row["source"], f"{row['key']}: source")
+        loaded = load_image(picture, f"{key}: source")
     except ImageError as error:
         raise BadRecord(str(error)) from error
-    return Letterbox(*picture.size, image_size).fit(picture)
+    return Letterbox(*loaded.size, image_size).fit(loaded)
 
 
 class FeatureCache:
@@ -51,35 +58,32 @@ class FeatureCache:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def path(self, row: dict) -> Path:
-        """Where the features of a row's source picture are or will be."""
-        source = row["source"] or {}
-        if not (source.get("bytes") or source.get("path")):
-            raise BadRecord(f"{row['key']}: no source picture; leave cache_features out, or the record")
+    def path(self, picture: dict, key: str) -> Path:
+        """Where the features of a record's picture are or will be."""
         try:
-            content = source["bytes"] or Path(source["path"]).read_bytes()
+            content = picture["bytes"] or Path(picture["path"]).read_bytes()
         except OSError as error:
-            raise BadRecord(f"{row['key']}: source {source['path']} cannot be read: {error.strerror}") from error
+            raise BadRecord(f"{key}: source {picture['path']} cannot be read: {error.strerror}") from error
         return self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
 
-    def read(self, rows: Iterable[dict]) -> torch.Tensor:
-        """Features (B, N, W) in the type they were stored in."""
-        return torch.stack([self._read(row) for row in rows])
+    def read(self, named: Iterable[tuple[str, dict]]) -> torch.Tensor:
+        """Features (M, N, W) of M (key of the record, picture), in the type they were stored in."""
+        return torch.stack([self._read(picture, key) for key, picture in named])
 
-    def _read(self, row: dict) -> torch.Tensor:
-        path = self.path(row)
+    def _read(self, picture: dict, key: str) -> torch.Tensor:
+        path = self.path(picture, key)
         try:
             return load_file(path)["features"]
         except (OSError, SafetensorError) as error:
             raise BadRecord(
-                f"{row['key']}: no features of its picture in {path} ({error}). Remove the file if it is there and "
-                "start again: what is missing is computed."
+                f"{key}: no features of its picture in {path} ({error}). Remove the file if it is there and start "
+                "again: what is missing is computed."
             ) from error
 
 
 @torch.no_grad()
 def cache_features(
-    parts: list[Dataset], model: ClearEditModel, processor: ClearEditProcessor, directory: str | Path
+    parts: list[Dataset], model: InstructionModel, processor: JanusProcessor, directory: str | Path
 ) -> FeatureCache:
     """Computes what is not there yet; every process its share.
 
@@ -87,16 +91,18 @@ def cache_features(
     operations in float32.
 
     Args:
-        parts: prepared splits with the column `source`.
+        parts: prepared splits with the column `source` or `sources`.
         directory: gets a sub-folder `features-…` named by the tower's weights and the geometry.
 
     Raises:
         ValueError: the tower learns, so its features would change, or there are no pictures.
+        BadRecord: a record has no picture.
     """
-    tower = model.base.model.vision_model
+    tower = model.token_model.parts()[model.token_model.tower_part]
     if any(parameter.requires_grad for parameter in tower.parameters()):
         raise ValueError("cache_features: the vision tower is trained here; leave cache_features out, or freeze it")
-    if any("source" not in part.column_names for part in parts):
+    columns = [[name for name in ("key", "source", "sources") if name in part.column_names] for part in parts]
+    if any(len(names) < 2 for names in columns):
         raise ValueError("cache_features: the data has tokens alone and no pictures; leave cache_features out")
     cache = FeatureCache(Path(directory) / f"features-{_fingerprint(tower, processor)}")
     cache.folder.mkdir(parents=True, exist_ok=True)
@@ -104,12 +110,12 @@ def cache_features(
     width, dtype = tower.config.hidden_size, next(tower.parameters()).dtype
     gigabytes = count * processor.num_image_tokens * width * dtype.itemsize / 1e9
     if state.is_main_process:
-        logger.info("Features of %d pictures go to %s: %.2f GB when complete", count, cache.folder, gigabytes)
+        logger.info("Features of %d records go to %s: %.2f GB for one picture each", count, cache.folder, gigabytes)
     was_training = tower.training
     tower.eval()
-    with tqdm(total=count, desc="features", unit="picture", disable=not state.is_main_process) as bar:
-        for part in parts:
-            pictures = part.select_columns(["key", "source"])
+    with tqdm(total=count, desc="features", unit="record", disable=not state.is_main_process) as bar:
+        for part, names in zip(parts, columns):
+            pictures = part.select_columns(names)
             for start in range(state.process_index * BATCH, len(part), state.num_processes * BATCH):
                 rows = pictures.select(range(start, min(start + BATCH, len(part)))).to_list()
                 _fill(cache, rows, model, processor)
@@ -119,18 +125,22 @@ def cache_features(
     return cache
 
 
-def _fill(cache: FeatureCache, rows: list[dict], model: ClearEditModel, processor: ClearEditProcessor) -> None:
-    missing = {path: row for row in rows if not (path := cache.path(row)).exists()}
+def _fill(cache: FeatureCache, rows: list[dict], model: InstructionModel, processor: JanusProcessor) -> None:
+    named = [(row["key"], picture) for row in rows for picture in pictures_of(row)]
+    empty = [row["key"] for row in rows if "source" in row and not pictures_of(row)]
+    if empty:
+        raise BadRecord(f"{', '.join(empty)}: no source picture; leave cache_features out, or these records")
+    missing = {path: (key, picture) for key, picture in named if not (path := cache.path(picture, key)).exists()}
     if not missing:
         return
-    squares = [source_square(row, processor.image_size) for row in missing.values()]
-    features = tower_features(model.base, processor.pixel_values(squares).to(model.device)).cpu()
+    squares = [source_square(picture, key, processor.image_size) for key, picture in missing.values()]
+    features = model.token_model.see(processor.pixel_values(squares).to(model.device)).cpu()
     for path, values in zip(missing, features):
         with replacing(path) as temporary:
             save_file({"features": values.clone()}, temporary)
 
 
-def _fingerprint(tower: torch.nn.Module, processor: ClearEditProcessor) -> str:
+def _fingerprint(tower: torch.nn.Module, processor: JanusProcessor) -> str:
     """Names what features follow from besides the picture: the tower's weights, their type, and the geometry."""
     geometry = (processor.image_size, processor.image_mean, processor.image_std)
     digest = hashlib.sha256(repr(geometry).encode())

@@ -55,7 +55,7 @@ def read_sample(row: Mapping) -> Sample:
         target = None if row["target"] is None else load_image(row["target"], f"{key}: target")
     except ImageError as error:
         raise BadRecord(str(error)) from error
-    return Sample(sources, row["instruction"], target, answer, key)
+    return Sample(sources, instruction, target, answer and answer.strip(), key)
 
 
 def sharegpt4o_samples(path: str | os.PathLike) -> datasets.Dataset:

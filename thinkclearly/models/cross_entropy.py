@@ -42,6 +42,18 @@ class Scores(ModelOutput):
     word: torch.Tensor | None = None
 
 
+def weighted_loss(nll: torch.Tensor, weights: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
+    """Weighted cross-entropy divided by the sum of the weights, as torch's own weighted mean is.
+
+    Args:
+        nll: float32, negative log-likelihood of the labels.
+        weights: float32, the same shape.
+        total: sum of weights to divide by; that of these labels where not given. With gradient accumulation or
+            several processes it is the sum over the whole optimizer step.
+    """
+    return (nll * weights).sum() / (weights.sum() if total is None else total)
+
+
 def score_logits(logits: torch.Tensor, labels: torch.Tensor, codebook_size: int) -> Scores:
     """Scores of logits that are there: float32 (..., K + I) and long labels (...) to scores (...)."""
     nll = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)

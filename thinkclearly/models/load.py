@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from thinkclearly.models.janus.checkpoint import load_janus
+from thinkclearly.models.janus.checkpoint import TINY, load_janus
 from thinkclearly.models.janus.model import Janus
 from thinkclearly.models.janus.processor import JanusProcessor
 from thinkclearly.models.protocol import TokenModel
-
-TINY = Path(__file__).parents[1] / "tiny_janus"
 
 
 @dataclass

@@ -48,7 +48,8 @@ class TokenModel(Protocol):
         hidden_size: H.
         grid: patches along a side of a picture.
         learning_parts: names among `parts()` of what LoRA adapts and full fine-tuning trains unless told otherwise.
-        tokenizer_part: name among `parts()` of the image tokenizer, which never learns.
+        tokenizer_part, tower_part: names among `parts()` of the image tokenizer, which never learns, and of what `see`
+            runs.
     """
 
     network: PreTrainedModel
@@ -58,6 +59,7 @@ class TokenModel(Protocol):
     grid: int
     learning_parts: tuple[str, ...]
     tokenizer_part: str
+    tower_part: str
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pictures, float (B, 3, S, S) in [-1, 1], to codes, long (B, N), row by row of the grid."""

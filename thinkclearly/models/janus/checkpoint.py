@@ -29,6 +29,8 @@ from thinkclearly.models.weight_files import find_weights, open_weights
 
 logger = logging.getLogger(__name__)
 
+TINY = Path(__file__).parents[2] / "tiny_janus"  # ships with this package
+
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 _PROCESSOR_FILES = {"preprocessor_config.json": "image_processor_type", "processor_config.json": "processor_class"}
 _CODEBOOK_USED = 65536  # length of a usage buffer which DeepSeek's strict loading expects

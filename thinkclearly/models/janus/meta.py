@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from transformers import JanusConfig, JanusForConditionalGeneration, LlamaConfig
 
 from thinkclearly.models.janus import deepseek
-from thinkclearly.models.load import TINY
+from thinkclearly.models.janus.checkpoint import TINY
 from thinkclearly.models.config_files import check_sizes, config_errors, read_json
 from thinkclearly.models.weight_files import find_weights, open_weights
 

@@ -27,7 +27,7 @@ class Janus:
     """
 
     learning_parts = ("language_model", "generation_head")
-    tokenizer_part = "vqmodel"
+    tokenizer_part, tower_part = "vqmodel", "vision_model"
 
     def __init__(self, network: JanusForConditionalGeneration):
         self.network = network
