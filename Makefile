@@ -1,11 +1,11 @@
 # make demo: the main job on the tiny model that ships along. make test: the suite, make test-slow: what
-# it leaves out. All set everything up first.
+# it leaves out. make check-extras: whether every extra installs. All set everything up first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow lint format clean
+.PHONY: setup demo test test-slow check-extras lint format clean
 
 setup: $(READY)
 
@@ -23,6 +23,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -s
+
+check-extras: setup
+	$(BIN)/python .ci/check_extras.py
 
 lint: setup
 	$(BIN)/ruff check .

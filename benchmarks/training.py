@@ -27,7 +27,6 @@ from tqdm.auto import tqdm
 from thinkclearly import jobs
 from thinkclearly.bench.measure import interleaved, now
 from thinkclearly.bench.scripted import SIZES, SMALL_TOWERS, random_model
-from thinkclearly.config import RecipeParser
 from thinkclearly.data import sources
 from thinkclearly.data.collator import EditCollator
 from thinkclearly.data.features import cache_features
@@ -38,6 +37,7 @@ from thinkclearly.models import scores
 from thinkclearly.models.backbone import Backbone, load_backbone
 from thinkclearly.models.clear_head import ClearConfig
 from thinkclearly.models.empty import empty_janus
+from thinkclearly.recipe import RecipeParser
 from thinkclearly.training import memory
 from thinkclearly.training.adapters import add_lora
 from thinkclearly.training.trainer import weighted_loss

@@ -1,6 +1,6 @@
 """`python scripts/bench.py`: the same job as `thinkclearly bench`."""
 
-from thinkclearly.cli import bench, start
+from thinkclearly.cli import start
 
 if __name__ == "__main__":
-    start(bench)
+    start("bench")

@@ -1,6 +1,6 @@
 """`python scripts/calibrate.py`: the same job as `thinkclearly calibrate`."""
 
-from thinkclearly.cli import calibrate, start
+from thinkclearly.cli import start
 
 if __name__ == "__main__":
-    start(calibrate)
+    start("calibrate")

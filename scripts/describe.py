@@ -1,6 +1,6 @@
 """`python scripts/describe.py`: the same job as `thinkclearly describe`."""
 
-from thinkclearly.cli import describe, start
+from thinkclearly.cli import start
 
 if __name__ == "__main__":
-    start(describe)
+    start("describe")

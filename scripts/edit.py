@@ -1,6 +1,6 @@
 """`python scripts/edit.py`: the same job as `thinkclearly edit`."""
 
-from thinkclearly.cli import edit, start
+from thinkclearly.cli import start
 
 if __name__ == "__main__":
-    start(edit)
+    start("edit")

@@ -1,6 +1,6 @@
 """`python scripts/prepare.py`: the same job as `thinkclearly prepare`."""
 
-from thinkclearly.cli import prepare, start
+from thinkclearly.cli import start
 
 if __name__ == "__main__":
-    start(prepare)
+    start("prepare")

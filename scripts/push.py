@@ -1,6 +1,6 @@
 """`python scripts/push.py`: the same job as `thinkclearly push`."""
 
-from thinkclearly.cli import push, start
+from thinkclearly.cli import start
 
 if __name__ == "__main__":
-    start(push)
+    start("push")

@@ -17,7 +17,8 @@ from thinkclearly.bench.run import TRAINED, BenchArguments, random_case, targets
 from thinkclearly.bench.scripted import SMALL_TOWERS, changed_patches, random_model
 from thinkclearly.bench.tables import render
 from thinkclearly.data.shapes import packaged_photos, random_edit
-from thinkclearly.decoding.engine import DecodeSettings, decode
+from thinkclearly.decoding.engine import decode
+from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.editing.editor import Editor
 from thinkclearly.models.backbone import embed_prompt, encode_tokens, image_features
 from thinkclearly.models.prompt import FULL, PART, UNCOND

@@ -13,8 +13,8 @@ from thinkclearly.config import (
     DataArguments,
     LoraArguments,
     ModelArguments,
-    RecipeParser,
 )
+from thinkclearly.recipe import RecipeParser
 
 ROOMS = [ModelArguments, LoraArguments, DataArguments, ClearArguments, jobs.SettingOverrides]
 

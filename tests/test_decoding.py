@@ -9,7 +9,8 @@ import torch
 from janus_reference import between, pictures_of, t2i_keys, t2i_text
 from torch.nn.functional import pad
 
-from thinkclearly.decoding.engine import GROWTH, MAX_BLOCK, MIN_BLOCK, DecodeSettings, decode
+from thinkclearly.decoding.engine import GROWTH, MAX_BLOCK, MIN_BLOCK, decode
+from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.models.backbone import embed_prompt, image_features
 from thinkclearly.models.prompt import FULL, PART, UNCOND
 from thinkclearly.training.adapters import load_base, load_clear_model

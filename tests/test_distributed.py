@@ -54,8 +54,7 @@ def several(folder, jobs):
     script = folder / "several.py"
     script.write_text(
         "from thinkclearly import cli\nfrom thinkclearly.data import prepare\nfrom thinkclearly.models import scores\n"
-        "prepare.SHARD_SIZE = 3\nscores.CHUNK = 50\n"
-        + "".join(f"cli.start(cli.{job}, {argv})\n" for job, argv in jobs)
+        "prepare.SHARD_SIZE = 3\nscores.CHUNK = 50\n" + "".join(f"cli.start({job!r}, {argv})\n" for job, argv in jobs)
     )
     return script
 
@@ -105,13 +104,13 @@ def one_process(settings, tmp_path_factory):
     for name, options in {"lora": {}, "full": {"lora_r": 0}}.items():
         runs[name] = tmp_path_factory.mktemp(name)
         options = settings | options | {"per_device_train_batch_size": 8, "output_dir": runs[name]}
-        cli.train([RECIPE, *flags(options)])
+        cli.main(["train", RECIPE, *flags(options)])
     return runs
 
 
 def test_eight_small_batches_train_as_one(settings, one_process, tmp_path):
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "output_dir": tmp_path}
-    cli.train([RECIPE, *flags(settings | options)])
+    cli.main(["train", RECIPE, *flags(settings | options)])
     assert_same_run(tmp_path, one_process["lora"])
 
 
@@ -156,7 +155,7 @@ def test_two_processes_prepare_and_edit_as_one(golden, one_process, tmp_path):
             ("edit", [str(ROOT / "recipes" / "edit.yaml"), *flags(edit | {"output_dir": out / "edits"})]),
         ]
     for job, argv in jobs["one"]:
-        cli.JOBS[job](argv)
+        cli.main([job, *argv])
     launch("cpu.yaml", several(tmp_path, jobs["two"]))
     shards = {path.name for path in (tmp_path / "two" / "prepared").glob("*/shard-*")}
     assert shards == {f"shard-{i:05d}-of-00004" for i in range(4)}, "both processes should have had some"

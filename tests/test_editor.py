@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from thinkclearly.editing.editor import Editor
-from thinkclearly.editing.result import EditSettings
+from thinkclearly.editing.settings import EditSettings
 from thinkclearly.training.adapters import load_base, load_clear_model
 
 pytestmark = pytest.mark.golden

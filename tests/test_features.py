@@ -128,7 +128,7 @@ def test_a_recipe_can_ask_for_it(golden, tmp_path):
     options |= {"calibration_edits": 0, "sample_edits": 0, "prepared_dir": tmp_path / "prepared"}
     for cached in (False, True):
         options |= {"cache_features": cached, "output_dir": tmp_path / str(cached)}
-        cli.train([str(part) for key, value in options.items() for part in (f"--{key}", value)])
+        cli.main(["train", *(str(part) for key, value in options.items() for part in (f"--{key}", value))])
         results = json.loads((tmp_path / str(cached) / "all_results.json").read_text())
         runs.append([results["train_loss"], results["eval_loss"]])
     assert len(list((tmp_path / "prepared").glob("features-*/*.safetensors"))) == 6

@@ -84,7 +84,7 @@ def test_a_config_of_deepseek_alone_is_enough(tmp_path):
 def test_a_dry_run_prints_a_table_and_touches_nothing(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jobs, "load_backbone", None)
     argv = ["--base_model", base, "--dry_run", "true", "--load_in_4bit", "true", "--optim", "paged_adamw_8bit"]
-    cli.train([*argv, "--output_dir", str(tmp_path / "out"), "--activation_checkpointing", "true"])
+    cli.main(["train", *argv, "--output_dir", str(tmp_path / "out"), "--activation_checkpointing", "true"])
     page = capsys.readouterr().out
     for word in ("language_model", "LoRA", "gradients", "optimizer states", "activations", "logits", "total", "FSDP2"):
         assert word in page

@@ -17,13 +17,14 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from thinkclearly import load_editor
-from thinkclearly.config import _NOT_SHARED, RecipeParser, effective_recipe
+from thinkclearly.config import _NOT_SHARED, effective_recipe
 from thinkclearly.data import sources
 from thinkclearly.data.prepare import load_encoded, prepare_dataset
 from thinkclearly.hub.publish import check_publishable, push, staged
 from thinkclearly.jobs import TRAIN_OPTIONS, ClearTrainingArguments, train
 from thinkclearly.models.backbone import base_hash, codebook_hash, load_backbone
 from thinkclearly.models.clear_head import ClearConfig
+from thinkclearly.recipe import RecipeParser
 from thinkclearly.training.adapters import add_lora
 
 BIN = Path(sys.executable).parent

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinkclearly.decoding.engine import DecodeSettings
 from thinkclearly.decoding.guidance import guide, row_weights
 from thinkclearly.decoding.sampling import draw, gumbel_noise, warpers
+from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.instructions import gate_log_odds
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from thinkclearly import jobs
-from thinkclearly.config import RecipeParser, option
 from thinkclearly.data.shapes import Background, Scene, ShapeEdit, edit_scene, packaged_photos, random_scene
 from thinkclearly.data.sources import EditExample, shapes
 from thinkclearly.editing.editor import Editor
@@ -21,6 +20,7 @@ from thinkclearly.evaluation.report import write_report
 from thinkclearly.evaluation.tables import format_number
 from thinkclearly.files import write_json
 from thinkclearly.images import load_image
+from thinkclearly.recipe import RecipeParser, option
 from thinkclearly.training.adapters import load_clear_model
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,6 @@ import logging
 import platform
 import re
 import signal
-from dataclasses import fields, make_dataclass
 from pathlib import Path
 
 import torch
@@ -27,14 +26,13 @@ from thinkclearly.config import (
     ModelArguments,
     effective_recipe,
     is_local,
-    option,
 )
 from thinkclearly.data import sources
 from thinkclearly.data.collator import EditCollator
 from thinkclearly.data.features import cache_features
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.editing.editor import Editor
-from thinkclearly.editing.result import EditSettings
+from thinkclearly.editing.settings import SettingOverrides, given
 from thinkclearly.evaluation.calibration import calibrate
 from thinkclearly.evaluation.edits import Evaluation, evaluate_edits
 from thinkclearly.evaluation.pictures import sheet
@@ -61,19 +59,6 @@ from thinkclearly.training.trainer import ClearEditTrainer
 
 logger = logging.getLogger(__name__)
 
-# The fields of EditSettings as options that are None where not given: a checkpoint brings defaults of its own.
-SettingOverrides = make_dataclass(
-    "SettingOverrides",
-    [
-        (
-            f.name,
-            {"str": str, "float": float, "int": int, "bool": bool}[f.type] | None,
-            option(None, f.metadata["help"]),
-        )
-        for f in fields(EditSettings)
-    ],
-)
-
 # What a training recipe may hold, in the order of `train`'s parameters.
 TRAIN_OPTIONS = (
     ModelArguments,
@@ -83,11 +68,6 @@ TRAIN_OPTIONS = (
     ClearTrainingArguments,
     SettingOverrides,
 )
-
-
-def given(overrides) -> dict:
-    """The settings that were given on the command line or in the recipe."""
-    return {name: value for name, value in vars(overrides).items() if value is not None}
 
 
 def build_backbone(model: ModelArguments) -> Backbone:

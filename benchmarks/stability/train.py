@@ -8,9 +8,9 @@ from transformers import set_seed
 
 from benchmarks.stability.variants import VARIANTS
 from thinkclearly import jobs
-from thinkclearly.config import RecipeParser
 from thinkclearly.files import write_json
 from thinkclearly.models.clear_head import CONFIG_FILE
+from thinkclearly.recipe import RecipeParser
 from thinkclearly.splits import build_data
 
 RECIPE = "recipes/tiny.yaml"

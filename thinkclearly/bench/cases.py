@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from thinkclearly.bench.loops import seeds_loop, transformers_generate
 from thinkclearly.bench.measure import Run, now, weight_bytes
 from thinkclearly.bench.scripted import SHARES, SMALL_TOWERS, ScriptedModel, changed_patches, random_model
-from thinkclearly.decoding.engine import DecodeSettings, decode
+from thinkclearly.decoding.engine import decode
+from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.editing.composite import composite
 from thinkclearly.editing.editor import Editor
 from thinkclearly.images import Letterbox, load_image, to_image

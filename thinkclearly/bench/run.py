@@ -21,12 +21,12 @@ from thinkclearly.bench import cases
 from thinkclearly.bench.measure import copy_bandwidth, interleaved, summary, weight_bytes
 from thinkclearly.bench.scripted import SHARES, SIZES, SMALL_TOWERS, random_model
 from thinkclearly.bench.tables import render
-from thinkclearly.config import DTYPES, RecipeParser, check_choice, option
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.data.sources import TEST_OFFSET
 from thinkclearly.editing.editor import Editor
 from thinkclearly.files import write_json, write_text
 from thinkclearly.models.quantization import quantization
+from thinkclearly.recipe import DTYPES, RecipeParser, check_choice, option
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 PLACES = tuple(f"{row} {column}".strip() or "center" for row in ROWS for column in COLUMNS)
 OPERATIONS = ("recolour", "remove", "add", "move", "replace", "background")
 
-# Colour photographs inside the wheels of scikit-image and scikit-learn; training never draws the held-out ones.
+# Photographs that scikit-image and this package ship (docs/credits.md); training never draws the held-out ones.
 PACKAGED_PHOTOS = {
     "train": (
         ("skimage", "data/astronaut.png"),
@@ -41,9 +41,9 @@ PACKAGED_PHOTOS = {
         ("skimage", "data/rocket.jpg"),
         ("skimage", "data/grass.png"),
         ("skimage", "data/brick.png"),
-        ("sklearn", "datasets/images/china.jpg"),
+        ("thinkclearly", "photographs/china.jpg"),
     ),
-    "test": (("skimage", "data/chelsea.png"), ("sklearn", "datasets/images/flower.jpg")),
+    "test": (("skimage", "data/chelsea.png"), ("thinkclearly", "photographs/flower.jpg")),
 }
 
 WORDINGS = {
@@ -274,14 +274,14 @@ def _photo(path: str) -> Image.Image:
 
 
 def packaged_photos(split: str = "train") -> list[str]:
-    """Paths of the photographs that scikit-image and scikit-learn ship; `split` is "train" or "test"."""
+    """Paths of the photographs that scikit-image and this package ship; `split` is "train" or "test"."""
     paths = []
     for package, name in PACKAGED_PHOTOS[split]:
         spec = find_spec(package)
         if spec is None:
             raise ImportError(
                 f"The built-in shapes draw on photographs that {package} ships, and it is not installed. Run "
-                "`pip install scikit-image scikit-learn`, or give a folder of photographs (photos_folder)."
+                "`pip install scikit-image`, or give a folder of photographs (photos_folder)."
             )
         paths.append(str(Path(spec.origin).parent / name))
     return paths

@@ -248,7 +248,7 @@ def shapes(
 
     Args:
         photos_folder (`str` or `os.PathLike`, *optional*): draw on all pictures under this folder instead of the
-            photographs that scikit-image and scikit-learn ship. Use different folders for training and test.
+            photographs that scikit-image and this package ship. Use different folders for training and test.
 
     Raises:
         ValueError: an unknown split or operation, no picture in the folder, or a count below 1.

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from thinkclearly.decoding.engine import Decoded, DecodeSettings, decode
+from thinkclearly.decoding.engine import Decoded, decode
+from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.editing.composite import composite, smooth_mask
-from thinkclearly.editing.result import EditResult, EditSettings
+from thinkclearly.editing.result import EditResult
+from thinkclearly.editing.settings import EditSettings
 from thinkclearly.images import Letterbox, load_image, to_image
 from thinkclearly.models.backbone import decode_tokens, embed_prompt, encode_tokens, image_features
 from thinkclearly.models.clear_head import ClearEditModel

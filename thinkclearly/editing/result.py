@@ -1,9 +1,8 @@
-"""What is asked of an edit besides picture and words, and what comes of it. Knows nothing of how it is decoded."""
+"""What comes of an edit. Knows nothing of how it is decoded."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,31 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from thinkclearly.config import option
-from thinkclearly.decoding.engine import DecodeSettings
 from thinkclearly.editing.composite import composite
 from thinkclearly.images import Letterbox
-
-
-@dataclass
-class EditSettings(DecodeSettings):
-    """Everything about one edit but picture, words and seed."""
-
-    mask_smooth_ksize: int = option(1, "Majority filter over the CLEAR mask, odd size in patches; 1 for none.")
-    mask_smooth_passes: int = option(1, "How often the majority filter is applied.")
-    feather_radius_px: float = option(2.0, "Width of the blend beside CLEAR patches, pixels of the model's square.")
-    feather: str = option("inside", "inside keeps CLEAR patches byte-identical; two_sided is the original's blur.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.mask_smooth_ksize % 2 == 0 or self.mask_smooth_ksize < 1:
-            raise ValueError(f"mask_smooth_ksize={self.mask_smooth_ksize}; expected an odd number, 1 for no smoothing")
-        if self.mask_smooth_passes < 0:
-            raise ValueError(f"mask_smooth_passes={self.mask_smooth_passes}; expected 0 or more")
-        if not 0 <= self.feather_radius_px < math.inf:
-            raise ValueError(f"feather_radius_px={self.feather_radius_px}; expected 0 (hard edge) or more")
-        if self.feather not in ("inside", "two_sided"):
-            raise ValueError(f"feather={self.feather!r}; choose 'inside' or 'two_sided'")
 
 
 @dataclass

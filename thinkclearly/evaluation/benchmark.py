@@ -19,7 +19,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from thinkclearly.config import check_choice, is_local, option
+from thinkclearly.config import is_local
 from thinkclearly.data.benchmarks import PIE_SIDE, SESSIONS_FILE, decode_mask, magicbrush_turns, pie_bench
 from thinkclearly.data.sources import BadRecord, read_example
 from thinkclearly.editing.batch import ITEMS, TABLE_FILE, edit_items
@@ -30,6 +30,7 @@ from thinkclearly.evaluation.towers import Clip, Dino
 from thinkclearly.files import strict, write_json, write_text
 from thinkclearly.images import MASK_THRESHOLD, ImageError, load_image
 from thinkclearly.models.clear_head import head_digest
+from thinkclearly.recipe import check_choice, option
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import minimize
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
-from thinkclearly.decoding.engine import PREFERENCES
+from thinkclearly.decoding.settings import PREFERENCES
 from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.result import EditResult
 

@@ -21,7 +21,8 @@ from transformers.pipelines.base import PipelineException
 from transformers.utils import ModelOutput
 
 from thinkclearly.editing.editor import Editor
-from thinkclearly.editing.result import EditResult, EditSettings
+from thinkclearly.editing.result import EditResult
+from thinkclearly.editing.settings import EditSettings
 from thinkclearly.images import load_image
 from thinkclearly.models.clear_head import ClearEditModel
 from thinkclearly.models.prompt import ClearEditProcessor
@@ -234,18 +235,6 @@ class DeepseekConfig(PreTrainedConfig):
     model_type = "multi_modality"
 
 
-def register() -> None:
-    """Makes "clear-edit" known to `transformers.pipeline`."""
-    AutoConfig.register(DeepseekConfig.model_type, DeepseekConfig, exist_ok=True)
-    PIPELINE_REGISTRY.register_pipeline(
-        TASK,
-        pipeline_class=ClearEditPipeline,
-        pt_model=(ClearEditLoader,),
-        default={"model": (str(DEFAULT_MODEL), None)},
-        type="multimodal",
-    )
-
-
 def _is_one_picture(inputs) -> bool:
     many = (list, tuple, Iterator, Column, Dataset, IterableDataset, torch.utils.data.Dataset)
     return not isinstance(inputs, many)
@@ -266,3 +255,14 @@ def _item(item, prompt, index: int | None = None) -> dict:
             raise ValueError(f"Item {index or 0} has the keys {sorted(item)}; expected 'image' and 'prompt'")
         return {"image": image, "prompt": item.get("prompt", item.get("instruction", prompt)), "index": index}
     return {"image": item, "prompt": prompt, "index": index}
+
+
+# See `on_import`: importing this module is registering.
+AutoConfig.register(DeepseekConfig.model_type, DeepseekConfig, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    TASK,
+    pipeline_class=ClearEditPipeline,
+    pt_model=(ClearEditLoader,),
+    default={"model": (str(DEFAULT_MODEL), None)},
+    type="multimodal",
+)

@@ -1,0 +1,43 @@
+"""Fit the gate of a fine-tune to the recipe's held-out records; stored in its folder (train does it by itself)."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from thinkclearly.commands.loading import LoadArguments, load_finetune
+from thinkclearly.recipe import RecipeParser, option
+
+
+@dataclass
+class CalibrateArguments(LoadArguments):
+    """A fine-tune whose gate is fitted to held-out records."""
+
+    batch_size: int = option(16, "Pictures that are edited at once.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    from accelerate import PartialState
+
+    from thinkclearly import jobs
+    from thinkclearly.config import DataArguments
+    from thinkclearly.evaluation.calibration import calibrate
+    from thinkclearly.models.backbone import Backbone
+    from thinkclearly.models.clear_head import CONFIG_FILE, write_clear_config
+    from thinkclearly.splits import build_data
+
+    options = [CalibrateArguments, DataArguments]
+    parser = RecipeParser(options, skipped=jobs.TRAIN_OPTIONS, prog="thinkclearly calibrate", description=__doc__)
+    arguments, data = parser.parse(argv)
+    if not (Path(arguments.model) / CONFIG_FILE).is_file():
+        raise ValueError(f"model={arguments.model!r} is no folder with a {CONFIG_FILE}; calibrate where you can write")
+    editor = load_finetune(arguments)
+    rows = build_data(data, Backbone(editor.model.base, editor.processor), train=False).test
+    if rows is None or "source" not in rows.column_names:
+        raise ValueError(f"eval_samples={data.eval_samples}, source={data.source}: no held-out records with pictures")
+    if not PartialState().is_main_process:
+        return
+    found = calibrate(editor, rows, arguments.batch_size)
+    write_clear_config(editor.model.clear_config, arguments.model)
+    sys.stdout.write("".join(f"{name} {value:.4g}\n" for name, value in found.items() if value is not None))

@@ -1,0 +1,42 @@
+"""Rewrite a checkpoint in the other layout: DeepSeek's or transformers'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from thinkclearly.recipe import DTYPES, RecipeParser, check_choice, option
+
+
+@dataclass
+class ConvertArguments:
+    """Between DeepSeek's file layout and transformers' own."""
+
+    model: str = field(default="", metadata={"help": "Folder or Hub id, either layout.", "required": True})
+    output_dir: str = field(default="", metadata={"help": "Folder to write.", "required": True})
+    to: str = option("native", "native (transformers) or deepseek.")
+    dtype: str = option("bfloat16", "float32, bfloat16 or float16.")
+
+    def __post_init__(self):
+        check_choice("to", self.to, ("native", "deepseek"))
+        check_choice("dtype", self.dtype, DTYPES)
+
+
+def main(argv: list[str] | None = None) -> None:
+    (arguments,) = RecipeParser(ConvertArguments, prog="thinkclearly convert", description=__doc__).parse(argv)
+    directory = Path(arguments.output_dir)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not an empty folder; give another one or remove it.")
+
+    import torch
+
+    from thinkclearly.models.backbone import load_backbone
+    from thinkclearly.models.checkpoint import export_deepseek
+
+    backbone = load_backbone(arguments.model, dtype=getattr(torch, arguments.dtype))
+    if arguments.to == "deepseek":
+        # The tokenizer files as they are: transformers 5 would write a class that DeepSeek's code does not find.
+        export_deepseek(backbone.model, directory, processor_source=backbone.model.name_or_path)
+    else:
+        backbone.model.save_pretrained(directory)
+        backbone.processor.save_pretrained(directory)

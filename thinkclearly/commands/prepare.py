@@ -1,0 +1,47 @@
+"""Tokenize and label photo pairs; statistics, plots and a look at examples."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from thinkclearly.recipe import RecipeParser, option
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PrepareArguments:
+    """What else preparation writes."""
+
+    output_dir: str = option("outputs/data", "Where statistics, plots and the sheet of examples go.")
+    jsonl: str | None = option(None, "Also write the training records as JSONL with '<CLEAR>' words to this file.")
+    export_folder: str | None = option(None, "Also write the photo pairs as sample_XXXX folders.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    from accelerate import PartialState
+
+    from thinkclearly import jobs
+    from thinkclearly.config import DataArguments, ModelArguments
+    from thinkclearly.data.inspect import inspect_dataset
+    from thinkclearly.data.jsonl import write_jsonl
+    from thinkclearly.data.sources import read_example, write_folder
+    from thinkclearly.splits import build_data, read_rows
+
+    options = [ModelArguments, DataArguments, PrepareArguments]
+    parser = RecipeParser(options, skipped=jobs.TRAIN_OPTIONS, prog="thinkclearly prepare", description=__doc__)
+    model, data, output = parser.parse(argv)
+    if output.export_folder and data.source in ("jsonl", "prepared"):
+        raise ValueError(f"export_folder={output.export_folder!r} needs pictures, and {data.path} holds tokens only")
+    backbone = jobs.build_backbone(model)
+    prepared = build_data(data, backbone)
+    if not PartialState().is_main_process:
+        return
+    if output.export_folder:
+        rows, _ = read_rows(data)
+        count = write_folder((read_example(row) for row in rows), output.export_folder)
+        logger.info("%d samples in %s", count, output.export_folder)
+    if output.jsonl:
+        write_jsonl(prepared.train, output.jsonl, backbone.model.config.vq_config.num_embeddings)
+    inspect_dataset(prepared.train, backbone, output.output_dir, pixel_tolerance=data.pixel_tolerance)
