@@ -277,7 +277,7 @@ def judge_shapes(photos_folder: str | None = None):
     return judge
 
 
-def evaluate_rows(editor: Editor, rows: Dataset, data: DataArguments, batch_size: int, keep: int = 24) -> Evaluation:
+def evaluate_rows(editor: Editor, rows: Dataset, data: DataArguments, batch_size: int) -> Evaluation:
     """Edits held-out pairs and measures; see `evaluation.edits`."""
     return evaluate_edits(
         editor,
@@ -285,7 +285,6 @@ def evaluate_rows(editor: Editor, rows: Dataset, data: DataArguments, batch_size
         judge=judge_shapes(data.photos_folder) if data.source == "shapes" else None,
         pixel_tolerance=data.pixel_tolerance,
         batch_size=batch_size,
-        keep=keep,
         total=len(rows),
     )
 

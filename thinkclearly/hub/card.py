@@ -137,8 +137,10 @@ def read_metrics(run: Path) -> dict[str, float]:
         }
         if picture in held_out.get("done", {}):
             found[f"asked edit done, {words}"] = held_out["done"][picture]
-    if f1 := held_out.get("clear", {}).get("labels", {}).get("f1"):
-        found["CLEAR F1 against pixel labels"] = f1
+    labels = held_out.get("clear", {}).get("labels", {})
+    for key, text in (("f1", "CLEAR F1 against pixel labels"), ("f1_always_clear", "F1 of always CLEAR")):
+        if labels.get(key) is not None:
+            found[text] = labels[key]
     return found
 
 
