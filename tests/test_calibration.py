@@ -116,7 +116,7 @@ def test_training_stores_what_it_found(editor, tmp_path, caplog):
     assert jobs.calibrate_model(trainer, rows, count=0) == {}
     assert "uncalibrated" not in caplog.text, "that is what was asked for"
     assert jobs.calibrate_model(trainer, rows.remove_columns("source"), count=6) == {}
-    assert "The gate stays uncalibrated: no held-out pictures" in caplog.text
+    assert "The gate stays uncalibrated: no held-out records with pictures" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["gate_temperature", "gate_bias"])

@@ -106,15 +106,15 @@ def test_a_loss_that_is_no_number_is_reported_as_such(golden, tmp_path):
     assert np.isnan(trainer.evaluate()["eval_loss"])
 
 
-def test_weights_are_in_slices_under_zero_3_but_not_under_zero_2(golden, tmp_path, monkeypatch):
+def test_weights_are_sharded_under_zero_3_but_not_under_zero_2(golden, tmp_path, monkeypatch):
     trainer = make_trainer(fresh(golden), records(golden, 2), tmp_path)
-    assert not trainer.weights_in_slices
+    assert not trainer.weights_are_sharded
     for stage in (2, 3):
         plugin = DeepSpeedPlugin(zero_stage=stage)
         monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
-        assert trainer.weights_in_slices is (stage == 3)
+        assert trainer.weights_are_sharded is (stage == 3)
     trainer.is_fsdp_enabled, plugin.zero_stage = True, 2
-    assert trainer.weights_in_slices
+    assert trainer.weights_are_sharded
 
 
 def test_activation_checkpointing_changes_nothing(golden, tmp_path):

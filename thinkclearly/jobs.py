@@ -168,7 +168,7 @@ def train(
         training.eval_strategy = "no"
     sigterm, speed, alarm = SaveOnSigterm(), Speed(), CollapseAlarm()
     trainer = build_trainer(PublishingTrainer, model, collator, data, clear, training, alarm, sigterm, speed)
-    if clear.sample_edits and has_pictures(data.test) and not trainer.weights_in_slices:
+    if clear.sample_edits and has_pictures(data.test) and not trainer.weights_are_sharded:
         rows = data.test.select(range(min(clear.sample_edits, len(data.test))))
         trainer.add_callback(SampleEdits(lambda: draw_samples(model, backbone.processor, rows)))
     last = training.resume_from_checkpoint or last_checkpoint(training.output_dir)
@@ -209,8 +209,8 @@ def calibrate_model(trainer: ClearEditTrainer, rows: Dataset | None, count: int)
     """Calibrates what was trained and saved on `count` held-out records, in the first process; what came of it."""
     if not count:
         return {}
-    if trainer.weights_in_slices or not has_pictures(rows):
-        why = "FSDP and ZeRO-3 keep the weights in slices" if trainer.weights_in_slices else "no held-out pictures"
+    if trainer.weights_are_sharded or not has_pictures(rows):
+        why = "its weights are sharded" if trainer.weights_are_sharded else "no held-out records with pictures"
         logger.warning("The gate stays uncalibrated: %s; `thinkclearly calibrate` does it later", why)
         return {}
     found = {}

@@ -120,7 +120,7 @@ class ClearEditTrainer(ResumableTrainer):
         self.eval_meter = GateMeter(self.codebook_size, self.args.device, sync_on_compute=False)
 
     @property
-    def weights_in_slices(self) -> bool:
+    def weights_are_sharded(self) -> bool:
         """Whether no process has the weights whole (FSDP, ZeRO-3), as editing, which is outside `forward`, needs."""
         deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
         return self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3)
