@@ -38,9 +38,12 @@ def test_classes_without_overlap_do_not_run_to_infinity():
 
 
 def test_a_gate_that_knows_nothing_is_not_fitted():
-    log_odds = np.linspace(-3, 3, 50)
-    with pytest.raises(ValueError, match="say nothing about what is unchanged"):
-        fit_gate(log_odds, log_odds < 0)
+    log_odds, truth = np.linspace(-3, 3, 500), np.random.default_rng(0).random(500) < 0.9
+    for clear, auc in ((log_odds < 0, "0.00"), (truth, "0.5")):
+        with pytest.raises(ValueError, match=f"hardly tells what is unchanged: AUC {auc}"):
+            fit_gate(log_odds, clear)
+    with pytest.raises(ValueError, match="AUC 0.50"):
+        fit_gate(np.zeros(500), truth)
 
 
 def test_one_class_alone_cannot_be_fitted():
@@ -86,7 +89,16 @@ def test_calibrating_changes_what_the_model_copies(editor, rows):
     assert again["gate_bias"] == pytest.approx(found["gate_bias"], rel=1e-3)  # starts from the gate as it was trained
 
 
-def test_training_stores_what_it_found(editor, tmp_path):
+def test_a_gate_that_cannot_be_fitted_stays_as_it_is(editor, rows):
+    config, rng = editor.model.clear_config, np.random.default_rng(0)
+    as_it_is = config.gate_bias, config.gate_temperature = 1.25, 2.5
+    random = [row | {"output_tokens": np.where(rng.random(64) < 0.8, 1024, 0)} for row in rows]
+    with pytest.raises(ValueError, match="hardly tells what is unchanged"):
+        calibrate(editor, random)
+    assert (config.gate_bias, config.gate_temperature) == as_it_is
+
+
+def test_training_stores_what_it_found(editor, tmp_path, caplog):
     """On a model that is trained already: what training leaves in memory and in its folder."""
     config = editor.model.clear_config
     rows = build_data(
@@ -102,7 +114,9 @@ def test_training_stores_what_it_found(editor, tmp_path):
     saved = read_clear_config(tmp_path / "run")
     assert saved == config and saved.gate_bias == found["gate_bias"] != 5.0
     assert jobs.calibrate_model(trainer, rows, count=0) == {}
+    assert "uncalibrated" not in caplog.text, "that is what was asked for"
     assert jobs.calibrate_model(trainer, rows.remove_columns("source"), count=6) == {}
+    assert "The gate stays uncalibrated: no held-out records with pictures" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["gate_temperature", "gate_bias"])

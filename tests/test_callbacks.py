@@ -1,6 +1,8 @@
 """What watches a run from the side does what it says."""
 
 import logging
+import runpy
+import sys
 
 import pytest
 from PIL import Image
@@ -9,7 +11,8 @@ from transformers import TrainerControl, TrainerState
 
 from thinkclearly.models.clear_head import ClearEditModel
 from thinkclearly.models.scores import Scores
-from thinkclearly.training.callbacks import CollapseAlarm, SampleEdits, TuneClearWeight
+from thinkclearly.training import callbacks
+from thinkclearly.training.callbacks import CollapseAlarm, SampleEdits, Speed, TuneClearWeight
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,16 @@ def test_sample_edits_are_saved_at_each_evaluation(golden, tmp_path):
     )
     trainer.train()
     assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == ["step_000001.png", "step_000002.png"]
+
+
+def test_speed_is_known_where_the_system_tells_no_peak_memory(golden, tmp_path, monkeypatch):
+    speed = Speed()
+    trainer = make_trainer(fresh(golden), records(golden, 4), tmp_path, max_steps=2, callbacks=[speed])
+    trainer.train()
+    assert speed.metrics(trainer.args).keys() == {"seconds_per_step", "samples_per_second", "peak_memory_gib"}
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    there = runpy.run_path(callbacks.__file__)["Speed"]
+    assert there.metrics(speed, trainer.args).keys() == {"seconds_per_step", "samples_per_second"}
 
 
 def test_dropout_is_drawn_anew_each_epoch(golden, tmp_path):

@@ -12,6 +12,7 @@ from thinkclearly.hub.card import model_card
 from thinkclearly.hub.pipeline import DEFAULT_MODEL
 from thinkclearly.models.clear_head import HEAD_FILE, head_digest, read_clear_config, write_clear_config
 from thinkclearly.models.weight_files import read_tensors
+from thinkclearly.recipe import LEFT_OUT
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def run(tmp_path):
 
 
 def card_of(run, license="mit"):
-    return model_card(run, run, "you/edit", "you/base", ["samples/step_000002.png"], {"license": license})
+    return model_card(run, "you/edit", "you/base", ["samples/step_000002.png"], {"license": license})
 
 
 def test_it_tells_base_data_metrics_recipe_and_use(run):
@@ -46,6 +47,40 @@ def test_it_tells_base_data_metrics_recipe_and_use(run):
     assert "![step 000002](samples/step_000002.png)" in card.text and "lora_r: 4" in card.text
     assert 'edit = pipeline("clear-edit", model="you/edit")' in card.text
     assert "More Information Needed" not in card.text
+
+
+def test_it_does_not_name_a_package_that_is_not_ours(run):
+    card = card_of(run)
+    assert "pip install thinkclearly" not in card.text and "`pip install .` in a checkout" in card.text
+
+
+def test_a_checkpoint_has_the_numbers_of_its_own_weights(run):
+    checkpoint = Path(shutil.copytree(DEFAULT_MODEL, run / "checkpoint-2"))
+    (checkpoint / "recipe.yaml").unlink()
+    log = [{"step": 1, "eval_loss": 4.0}, {"step": 2, "loss": 3.5}, {"step": 2, "eval_loss": 3.0, "eval_runtime": 1.0}]
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 2, "log_history": log}))
+    card = card_of(checkpoint)
+    assert {result.metric_name: result.metric_value for result in card.data.eval_results} == {"loss": 3.0}
+    assert "after step 2" in card.text and "lora_r: 4" in card.text
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 2, "log_history": log[:2]}))
+    assert card_of(checkpoint).data.eval_results is None
+    assert "after step" not in card_of(run).text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"source": "shapes"}, "fine-tuned on built-in shapes to"),
+        ({"source": "shapes", "photos_folder": LEFT_OUT}, "built-in shapes on private photographs"),
+        ({"source": "folder", "path": LEFT_OUT}, "private data (folder)"),
+        ({"source": "magicbrush", "path": LEFT_OUT}, "private data (magicbrush)"),
+        ({"source": "prepared", "path": "you/data"}, "fine-tuned on you/data to"),
+    ],
+)
+def test_data_of_this_machine_is_called_private(run, recipe, words):
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    card = card_of(run)
+    assert words in card.text and card.data.datasets == (["you/data"] if "you/data" in words else None)
 
 
 def test_what_the_user_wrote_keeps_its_text(run):

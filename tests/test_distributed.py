@@ -24,7 +24,8 @@ RECIPE = str(ROOT / "recipes" / "tiny.yaml")
 CODES, POSITIONS = 128, 36
 SETTINGS = {
     "source": "jsonl",
-    "eval_samples": 4,
+    "eval_samples": 5,  # one more than two processes share evenly
+    "per_device_eval_batch_size": 2,
     "max_steps": 3,
     "logging_steps": 1,
     "eval_steps": 3,
@@ -72,7 +73,8 @@ def assert_same_run(found, expected):
     assert results(found)["seconds_per_step"] > 0 and results(found)["samples_per_second"] > 0
     assert 0.1 < results(found)["peak_memory_gib"] < 64
     np.testing.assert_allclose(history(found), history(expected), rtol=2e-4)
-    assert results(found)["eval_loss"] == pytest.approx(results(expected)["eval_loss"], rel=1e-4)
+    for name in ("loss", "clear_rate_true", "clear_rate_predicted", "code_accuracy", "accuracy", "gate_auc"):
+        assert results(found)[f"eval_{name}"] == pytest.approx(results(expected)[f"eval_{name}"], rel=1e-4), name
     for name in ("adapter_model.safetensors", "model.safetensors", "gen_head_clear.safetensors"):
         assert (found / name).is_file() == (expected / name).is_file()
         if (found / name).is_file():
@@ -89,7 +91,7 @@ def settings(golden, tmp_path_factory):
     generator = random.Random(0)
     path = tmp_path_factory.mktemp("data") / "records.jsonl"
     with open(path, "w") as file:
-        for i in range(28):
+        for i in range(29):
             source, target = ([generator.randrange(CODES) for _ in range(POSITIONS)] for _ in range(2))
             labels = ["<CLEAR>" if generator.random() < 0.5 else code for code in target]
             row = {"instruction": f"Edit {i}.", "input_tokens": source, "output_tokens": labels}
@@ -99,12 +101,12 @@ def settings(golden, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_process(settings, tmp_path_factory):
-    """1 × 8 in this process, with LoRA and without."""
+    """1 × 8 in this process, with LoRA and without; evaluated one by one."""
     runs = {}
     for name, options in {"lora": {}, "full": {"lora_r": 0}}.items():
         runs[name] = tmp_path_factory.mktemp(name)
-        options = settings | options | {"per_device_train_batch_size": 8, "output_dir": runs[name]}
-        cli.main(["train", RECIPE, *flags(options)])
+        options |= {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 1, "output_dir": runs[name]}
+        cli.main(["train", RECIPE, *flags(settings | options)])
     return runs
 
 

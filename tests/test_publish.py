@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -24,7 +25,7 @@ from thinkclearly.hub.publish import check_publishable, push, staged
 from thinkclearly.jobs import TRAIN_OPTIONS, ClearTrainingArguments, train
 from thinkclearly.models.backbone import base_hash, codebook_hash, load_backbone
 from thinkclearly.models.clear_head import ClearConfig
-from thinkclearly.recipe import RecipeParser
+from thinkclearly.recipe import LEFT_OUT, RecipeParser
 from thinkclearly.training.adapters import add_lora
 
 BIN = Path(sys.executable).parent
@@ -74,8 +75,9 @@ def landscape(golden, directory, **options):
 
 
 def share(directory, **options):
-    """What would be pushed, without asking any Hub for a license."""
-    return staged(directory, "you/edit", **{"base_model_id": "you/base", "license": "mit"} | options)
+    """What would be pushed, without asking any Hub for a license or for the data."""
+    known = {"base_model_id": "you/base", "license": "mit", "share_samples": True}
+    return staged(directory, "you/edit", **known | options)
 
 
 def names(folder):
@@ -98,12 +100,43 @@ def test_a_repository_has_the_files_of_the_fine_tune_and_no_others(finetune):
     assert {name: (finetune / name).stat().st_mtime_ns for name in names(finetune)} == before
 
 
-def test_a_checkpoint_brings_the_recipe_and_samples_of_its_run(finetune, tmp_path):
-    (tmp_path / "run" / "samples").mkdir(parents=True)
-    os.symlink(finetune, tmp_path / "run" / "checkpoint-2")
+def test_a_checkpoint_brings_the_recipe_of_its_run_and_samples_of_its_own(finetune, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(finetune / "samples", tmp_path / "run" / "samples")
     (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    with share(tmp_path / "run" / "checkpoint-2") as folder:
-        assert names(folder) == SHARED - {"samples/step_000002.png"}
+    (tmp_path / "run" / "all_results.json").write_text(json.dumps({"eval_loss": 2.5}))
+    for step in (1, 2):
+        ignore = shutil.ignore_patterns("samples", "recipe.yaml", "all_results.json", "trainer_state.json")
+        checkpoint = tmp_path / "run" / f"checkpoint-{step}"
+        shutil.copytree(finetune, checkpoint, ignore=ignore)
+        log = [{"step": step, "eval_loss": 3.0 + step}]
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+        with share(checkpoint) as folder:
+            assert names(folder) == SHARED - ({"samples/step_000002.png"} if step == 1 else set())
+            card = ModelCard.load(folder / "README.md")
+            assert [result.metric_value for result in card.data.eval_results] == [3.0 + step]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "is_shared"),
+    [
+        ({"source": "shapes"}, True),
+        ({"source": "shapes", "photos_folder": LEFT_OUT}, False),
+        ({"source": "folder", "path": LEFT_OUT}, False),
+        ({"source": "jsonl", "path": LEFT_OUT}, False),
+        ({"source": "prepared", "path": LEFT_OUT}, False),
+        ({"source": "magicbrush", "path": LEFT_OUT}, False),
+        ({}, False),
+    ],
+)
+def test_held_out_pictures_of_local_data_are_shared_only_when_asked(finetune, tmp_path, recipe, is_shared):
+    run = shutil.copytree(finetune, tmp_path / "run")
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    sample = "samples/step_000002.png"
+    with share(run, share_samples=None) as folder:
+        assert (sample in names(folder)) is is_shared is (sample in (folder / "README.md").read_text())
+    with share(run, share_samples=not is_shared) as folder:
+        assert (sample in names(folder)) is not is_shared
 
 
 def test_a_local_base_model_is_refused_until_its_hub_id_is_given(golden, finetune):
@@ -151,7 +184,7 @@ def test_saved_training_arguments_hold_no_token(tmp_path):
 
 # A value other than the default for every option whose type alone does not say which words it takes.
 WORDS = {
-    **{"dtype": "bfloat16", "source": "folder", "match": "all", "clear_label": "mask", "on_bad_record": "skip"},
+    **{"dtype": "bfloat16", "source": "magicbrush", "match": "all", "clear_label": "mask", "on_bad_record": "skip"},
     **{"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.15}, "optim": "sgd"},
     **{"logging_strategy": "epoch", "eval_strategy": "no", "save_strategy": "best", "log_level": "info"},
     **{"log_level_replica": "error", "dataloader_multiprocessing_context": "fork"},
@@ -188,22 +221,29 @@ def of(options):
     return {name: value for part in options for name, value in vars(part).items()}
 
 
-@pytest.mark.parametrize("values", ["changed", "null", "default"])
+OF_SHAPES = {"shapes_size", "photos_folder"}
+OF_TABLES = {"path", "split", "turn_index", "streaming", "shuffle", "include", "exclude", "match"}
+
+
+@pytest.mark.parametrize("values", ["shapes", "magicbrush", "null", "default"])
 def test_the_recipe_repeats_the_run_whatever_its_options(values, tmp_path, monkeypatch):
     monkeypatch.setattr("thinkclearly.config.find_spec", lambda name: name)  # whether a tracker is installed
+    changed = {name: another_value(name, kinds, default) for name, kinds, default in every_option()}
+    null = {name: None for name, kinds, default in every_option() if NoneType in kinds and default is not None}
     chosen = {
-        "changed": {name: another_value(name, kinds, default) for name, kinds, default in every_option()},
-        "null": {name: None for name, kinds, default in every_option() if NoneType in kinds and default is not None},
+        "shapes": {name: value for name, value in changed.items() if name not in OF_TABLES} | {"source": "shapes"},
+        "magicbrush": {name: value for name, value in changed.items() if name not in OF_SHAPES},
+        "null": null,
         "default": {},
     }[values]
-    assert values != "null" or {"save_total_limit", "eval_steps", "label_names"} <= set(chosen)
+    assert {"save_total_limit", "eval_steps", "label_names"} <= set(null)
     (tmp_path / "given.yaml").write_text(yaml.safe_dump(chosen))
     options = RecipeParser(TRAIN_OPTIONS).parse([str(tmp_path / "given.yaml")])
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(effective_recipe(*options)))
     found, expected = of(RecipeParser(TRAIN_OPTIONS).parse([str(tmp_path / "recipe.yaml")])), of(options)
     for name, _, default in every_option():
         assert found[name] == expected[name], name
-        assert values != "changed" or expected[name] != default, f"{name}: try another value"
+        assert name not in chosen or expected[name] != default or name == "source", f"{name}: try another value"
 
 
 def test_the_recipe_names_no_path_of_this_machine_and_asks_for_what_it_left_out(tmp_path, capsys):
@@ -302,14 +342,15 @@ def runs(hub):
 
 
 ROUND_TRIP = """
-import json, sys
+import json, shutil, sys
 from pathlib import Path
+import torch
 from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file
 from thinkclearly import load_editor
 from thinkclearly.data.prepare import load_encoded
-from thinkclearly.hub.publish import pull_dataset, push, upload
+from thinkclearly.hub.publish import is_public, pull_dataset, push, upload
 from thinkclearly.models.backbone import load_backbone
 
 finetune, base, prepared, photo, instruction = sys.argv[1:]
@@ -332,7 +373,29 @@ push(prepared, "you/data")
 encoded = load_encoded(pull_dataset("you/data"), backbone)
 adapter = PeftModel.from_pretrained(backbone.model, "you/edit").state_dict()
 saved = load_file(f"{finetune}/adapter_model.safetensors")
+
+# Another kind of push over an earlier one.
+options["license"] = "mit"
+push(finetune, "you/again", pt=True, share_samples=True, **options)
+api.upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="you/again")
+once = api.list_repo_files("you/again")
+push(finetune, "you/again", merged="native", dtype=torch.float32, max_shard_size="1MB", **options)
+merged = load_editor("you/again")
+two = Path(f"{prepared}-of-two")
+shutil.copytree(prepared, two)
+shutil.copytree(two / "shard-00000-of-00001", two / "shard-00001-of-00002")
+(two / "shard-00000-of-00001").rename(two / "shard-00000-of-00002")
+push(two, "you/replaced")
+push(prepared, "you/replaced")
+push(prepared, "you/secret", private=True)
+
 print(json.dumps({
+    "files before": once,
+    "files after": api.list_repo_files("you/again"),
+    "merged": [type(merged.model.janus).__name__, merged.edit(photo, instruction, seed=3).ids.tolist()],
+    "replaced": load_encoded(pull_dataset("you/replaced"), backbone)["key"][:],
+    "commits of data": len(api.list_repo_commits("you/replaced", repo_type="dataset")),
+    "public": [is_public({"source": "prepared", "path": f"you/{name}"}) for name in ("data", "secret", "nothing")],
     "files": {name: api.list_repo_files("you/edit", revision=name) for name in ("main", "pt")},
     "models": sorted(model.id for model in api.list_models(author="you")),
     "refs": [[ref.name for ref in refs.branches], [ref.name for ref in refs.tags]],
@@ -376,9 +439,10 @@ def shared(golden, finetune, prepared, tmp_path_factory):
 
 def test_what_was_pushed_is_listed_downloaded_and_used(golden, finetune, prepared, shared):
     hub, seen = shared
-    assert set(seen["files"]["main"]) == SHARED | {".gitattributes"}
+    # Nothing says that the data is public: its owner's page is not on this Hub.
+    assert set(seen["files"]["main"]) == SHARED - {"samples/step_000002.png"} | {".gitattributes"}
     assert {"original/gen_head_clear.pt", "original/clear_meta.json"} <= set(seen["files"]["pt"])
-    assert seen["models"] == ["you/base", "you/edit"] and seen["private"]
+    assert seen["models"] == ["you/again", "you/base", "you/edit"] and seen["private"]
     assert seen["refs"] == [["main", "pt"], ["v1"]] and len(seen["commits"]) == 2
     assert seen["peft"]
     assert seen["ids"] == [landscape(golden, finetune).ids.tolist()] * 2
@@ -393,6 +457,29 @@ def test_tokenized_data_comes_back_and_names_no_file_of_this_machine(golden, pre
     files = hub.files("you/data", kind="datasets")
     assert not [name for name, content in files.items() if b"/home/me" in content]
     assert "--path you/data" in files["README.md"].decode()
+
+
+def test_a_push_replaces_what_an_earlier_one_left_and_nothing_else(golden, finetune, prepared, shared):
+    hub, seen = shared
+    before, after = (set(seen[f"files {when}"]) for when in ("before", "after"))
+    assert {"adapter_config.json", "original/gen_head_clear.pt", "samples/step_000002.png"} <= before
+    assert not [name for name in after if name.startswith(("adapter", "original", "samples", "clear_edit"))]
+    assert {"notes.txt", "model.safetensors.index.json", "README.md"} <= after
+    assert seen["merged"] == ["JanusForConditionalGeneration", landscape(golden, finetune).ids.tolist()]
+
+
+def test_data_pushed_over_other_data_replaces_it_in_one_commit(golden, prepared, shared):
+    hub, seen = shared
+    assert seen["replaced"] == list(load_encoded(prepared, load_backbone(golden / "checkpoint"))["key"])
+    assert {name.split("/")[0] for name in hub.files("you/replaced", kind="datasets")} == {
+        *(".gitattributes", "README.md", "preparation.json", "shard-00000-of-00001")
+    }
+    assert seen["commits of data"] == 3, "the empty repository, and one commit for each push"
+
+
+def test_a_private_data_set_of_the_hub_is_not_taken_for_a_public_one(shared):
+    _, seen = shared
+    assert seen["public"] == [True, False, False]
 
 
 def test_refusals_say_what_to_do(shared):

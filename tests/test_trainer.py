@@ -5,7 +5,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from tiny_runs import CODES, Touch, batch_of, fresh, history, make_trainer, records, trained
+from accelerate import DeepSpeedPlugin
+from tiny_runs import CODES, POSITIONS, Touch, batch_of, fresh, history, make_trainer, records, trained
 
 from thinkclearly.training.adapters import load_clear_model
 from thinkclearly.training.callbacks import TuneClearWeight
@@ -79,6 +80,41 @@ def test_evaluation_drops_nothing(golden, tmp_path):
     assert found == pytest.approx([expected, expected], rel=1e-5)
     trainer.clear_weight = 0.9  # a moving weight must not make evaluation losses incomparable
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_is_the_same_for_any_batch_size(golden, tmp_path):
+    pair, rows = fresh(golden), records(golden, 5)
+    rows[4]["output_tokens"] = [CODES] * POSITIONS  # records of different weight: a mean of means would tell
+    batch = batch_of(pair, rows)
+    with torch.no_grad():
+        expected = weighted_loss(pair[0].eval()(**batch).nll, batch["labels"], CODES, 0.3).item()
+    found = []
+    for size in (1, 2, 5):
+        trainer = make_trainer(pair, rows, tmp_path, eval_rows=rows, per_device_eval_batch_size=size)
+        values = trainer.evaluate()
+        assert values["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        names = ("clear_rate_true", "clear_rate_predicted", "code_accuracy", "accuracy", "gate_auc")
+        found.append([values[f"eval_{name}"] for name in names])
+    np.testing.assert_allclose(found[1:], found[:1] * 2, rtol=1e-5)
+
+
+def test_a_loss_that_is_no_number_is_reported_as_such(golden, tmp_path):
+    model, _ = pair = fresh(golden)
+    with torch.no_grad():
+        model.clear_head.bias.fill_(float("nan"))
+    trainer = make_trainer(pair, records(golden, 2), tmp_path, eval_rows=records(golden, 2))
+    assert np.isnan(trainer.evaluate()["eval_loss"])
+
+
+def test_weights_are_sharded_under_zero_3_but_not_under_zero_2(golden, tmp_path, monkeypatch):
+    trainer = make_trainer(fresh(golden), records(golden, 2), tmp_path)
+    assert not trainer.weights_are_sharded
+    for stage in (2, 3):
+        plugin = DeepSpeedPlugin(zero_stage=stage)
+        monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
+        assert trainer.weights_are_sharded is (stage == 3)
+    trainer.is_fsdp_enabled, plugin.zero_stage = True, 2
+    assert trainer.weights_are_sharded
 
 
 def test_activation_checkpointing_changes_nothing(golden, tmp_path):

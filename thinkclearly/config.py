@@ -189,6 +189,9 @@ class ClearTrainingArguments(TrainingArguments):
     prediction_loss_only: bool = option(True, "Evaluation keeps no logits.")
     label_names: list[str] | None = option(["labels"], "Column of the labels.")
     report_to: list[str] | str | None = option("none", "tensorboard, trackio, wandb, or none.")
+    share_samples: bool | None = option(
+        None, "push_to_hub: share the sample edits, too; if not given, only those of public data."
+    )
     dry_run: bool = option(False, "Print the memory that the run will need, component by component, and stop.")
 
     def __post_init__(self):

@@ -168,9 +168,8 @@ def train(
         training.eval_strategy = "no"
     sigterm, speed, alarm = SaveOnSigterm(), Speed(), CollapseAlarm()
     trainer = build_trainer(PublishingTrainer, model, collator, data, clear, training, alarm, sigterm, speed)
-    # Editing reaches into the model outside its forward pass, where FSDP has the weights in slices.
-    if clear.sample_edits and data.test_rows is not None and not trainer.is_fsdp_enabled:
-        rows = data.test_rows.select(range(min(clear.sample_edits, len(data.test_rows))))
+    if clear.sample_edits and has_pictures(data.test) and not trainer.weights_are_sharded:
+        rows = data.test.select(range(min(clear.sample_edits, len(data.test))))
         trainer.add_callback(SampleEdits(lambda: draw_samples(model, backbone.processor, rows)))
     last = training.resume_from_checkpoint or last_checkpoint(training.output_dir)
     if last is not None:
@@ -201,11 +200,18 @@ def train(
     return trainer
 
 
+def has_pictures(rows: Dataset | None) -> bool:
+    """Whether there are prepared records, with the source pictures beside their tokens."""
+    return rows is not None and "source" in rows.column_names
+
+
 def calibrate_model(trainer: ClearEditTrainer, rows: Dataset | None, count: int) -> dict[str, float]:
     """Calibrates what was trained and saved on `count` held-out records, in the first process; what came of it."""
-    sliced = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # no process has the weights for itself
-    if not count or rows is None or "source" not in rows.column_names or sliced:
-        logger.info("The gate stays uncalibrated: that takes held-out records with pictures, no FSDP, no DeepSpeed")
+    if not count:
+        return {}
+    if trainer.weights_are_sharded or not has_pictures(rows):
+        why = "its weights are sharded" if trainer.weights_are_sharded else "no held-out records with pictures"
+        logger.warning("The gate stays uncalibrated: %s; `thinkclearly calibrate` does it later", why)
         return {}
     found = {}
     if trainer.is_world_process_zero():
@@ -248,10 +254,9 @@ def estimate_memory(
 
 
 def draw_samples(model, processor, rows: Dataset) -> Image.Image:
-    """A sheet of source, raw, composite and mask for a few rows, with the model as it is now."""
+    """A sheet of source, raw, composite and mask for a few prepared rows, with the model as it is now."""
     was_training = model.training
-    examples = [sources.read_example(row) for row in rows]
-    results = Editor(model, processor).edit_many([e.source for e in examples], [e.instruction for e in examples])
+    results = Editor(model, processor).edit_many(list(rows["source"]), list(rows["instruction"]))
     model.train(was_training)
     return sheet(
         [
@@ -277,7 +282,7 @@ def judge_shapes(photos_folder: str | None = None):
     return judge
 
 
-def evaluate_rows(editor: Editor, rows: Dataset, data: DataArguments, batch_size: int, keep: int = 24) -> Evaluation:
+def evaluate_rows(editor: Editor, rows: Dataset, data: DataArguments, batch_size: int) -> Evaluation:
     """Edits held-out pairs and measures; see `evaluation.edits`."""
     return evaluate_edits(
         editor,
@@ -285,7 +290,6 @@ def evaluate_rows(editor: Editor, rows: Dataset, data: DataArguments, batch_size
         judge=judge_shapes(data.photos_folder) if data.source == "shapes" else None,
         pixel_tolerance=data.pixel_tolerance,
         batch_size=batch_size,
-        keep=keep,
         total=len(rows),
     )
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from thinkclearly.bench.loops import seeds_loop, transformers_generate
+from thinkclearly.bench.loops import reference_loop, transformers_generate
 from thinkclearly.bench.measure import Run, now, weight_bytes
 from thinkclearly.bench.scripted import SHARES, SMALL_TOWERS, ScriptedModel, changed_patches, random_model
 from thinkclearly.decoding.engine import decode
@@ -25,7 +25,8 @@ from thinkclearly.images import Letterbox, load_image, to_image
 from thinkclearly.models.backbone import decode_tokens, embed_prompt, encode_tokens, image_features
 from thinkclearly.models.prompt import FULL, PART, UNCOND
 
-SEEDS, TRANSFORMERS = "the seeds' loop", "transformers' generate"
+REFERENCE, TRANSFORMERS = "reference loop", "transformers' generate"
+EQUAL_ROWS = "reference loop, without its row of weight 0"
 SEQUENTIAL, DRAFT, ADAPTIVE = "ours, one by one", "ours, source draft alone", "ours, adaptive block"
 LONG = 64
 DECODERS = {
@@ -45,8 +46,12 @@ def sampling(editor: Editor) -> dict:
     return {name: getattr(editor.settings, name) for name in ("cfg_weight", "cfg_weight2", "temperature")}
 
 
-def seeds_edit(editor: Editor, picture: Image.Image, instruction: str) -> Run:
-    """From picture to composite with the seeds' loop in the middle and our own functions around it."""
+def reference_edit(editor: Editor, picture: Image.Image, instruction: str, conditions: list[int]) -> Run:
+    """From picture to composite with the reference loop in the middle and our own functions around it.
+
+    Args:
+        conditions: the guidance rows that it decodes.
+    """
     model, processor, device = editor.model, editor.processor, editor.model.device
     start = now(device)
     source = load_image(picture)
@@ -55,10 +60,11 @@ def seeds_edit(editor: Editor, picture: Image.Image, instruction: str) -> Run:
         pixels = processor.pixel_values([box.fit(source)]).to(device)
         source_tokens, features = encode_tokens(model.base, pixels), image_features(model.base, pixels)
         encoded = now(device)
-        rows = processor.edit_rows([instruction] * 3, [FULL, PART, UNCOND]).to(device)
-        embeds = embed_prompt(model.base, rows, features.expand(3, -1, -1), source_tokens.expand(3, -1))
+        count = len(conditions)
+        rows = processor.edit_rows([instruction] * count, conditions).to(device)
+        embeds = embed_prompt(model.base, rows, features.expand(count, -1, -1), source_tokens.expand(count, -1))
         n = processor.num_image_tokens
-        ids, tokens = seeds_loop(model, embeds, n, source_tokens=source_tokens[0], **sampling(editor))
+        ids, tokens = reference_loop(model, embeds, n, source_tokens=source_tokens[0], **sampling(editor))
         decoded = now(device)
         tokens = torch.tensor(tokens, device=device).unsqueeze(0)
         edited = box.unfit(to_image(decode_tokens(model.base, tokens)[0].cpu()))
@@ -68,7 +74,11 @@ def seeds_edit(editor: Editor, picture: Image.Image, instruction: str) -> Run:
 
 
 def edit_rows(editor: Editor, edits: list[tuple[Image.Image, str]]) -> dict[str, Callable[[], Run]]:
-    """The given edits, one after the other: by the seeds' loop, and by each of `DECODERS`."""
+    """The given edits, one after the other: by the reference loop, and by each of `DECODERS`.
+
+    The reference decodes three guidance rows, as the originals do, also where the part row's weight is 0. There it
+    comes a second time with the two rows that ours decodes.
+    """
 
     def ours(settings: dict) -> Run:
         start = now(editor.model.device)
@@ -76,11 +86,14 @@ def edit_rows(editor: Editor, edits: list[tuple[Image.Image, str]]) -> dict[str,
         seconds = now(editor.model.device) - start
         return Run(seconds, sum(r.seconds["decode"] for r in results), mean(r.passes for r in results))
 
-    def theirs() -> Run:
-        runs = [seeds_edit(editor, picture, words) for picture, words in edits]
+    def reference(*conditions: int) -> Run:
+        runs = [reference_edit(editor, picture, words, list(conditions)) for picture, words in edits]
         return Run(sum(r.seconds for r in runs), sum(r.decode for r in runs), mean(r.passes for r in runs))
 
-    return {SEEDS: theirs} | {name: partial(ours, settings) for name, settings in DECODERS.items()}
+    rows = {REFERENCE: partial(reference, FULL, PART, UNCOND)}
+    if not editor.settings.cfg_weight2:
+        rows[EQUAL_ROWS] = partial(reference, FULL, UNCOND)
+    return rows | {name: partial(ours, settings) for name, settings in DECODERS.items()}
 
 
 def script_edit(editor: Editor, instruction: str, share: float) -> None:
@@ -105,7 +118,7 @@ def scripted_rows(editor: Editor, edit: tuple[Image.Image, str], shares=SHARES) 
 
 
 def draw_rows(editor: Editor, prompts: list[str]) -> dict[str, Callable[[], Run]]:
-    """Text-to-image, tokens only: by the seeds' loop, transformers, and each of `DECODERS` that needs no source."""
+    """Text-to-image, tokens only: by the reference loop, transformers, and each of `DECODERS` that needs no source."""
     model, processor, n = editor.model, editor.processor, editor.processor.num_image_tokens
     if isinstance(model, ScriptedModel):
         model.script(torch.ones(1, dtype=torch.bool), 0)  # everything is painted
@@ -135,7 +148,7 @@ def draw_rows(editor: Editor, prompts: list[str]) -> dict[str, Callable[[], Run]
         return timed(draw)
 
     return {
-        SEEDS: timed(lambda prompt: len(seeds_loop(model, rows_of(prompt)[1], n, **weights)[0])),
+        REFERENCE: timed(lambda prompt: len(reference_loop(model, rows_of(prompt)[1], n, **weights)[0])),
         TRANSFORMERS: timed(lambda prompt: len(transformers_generate(model.base, processor, prompt, **weights))),
     } | {name: ours(options) for name, options in DECODERS.items() if name != DRAFT}
 

@@ -1,4 +1,4 @@
-"""What our decoder is compared with: the seeds' loops, one token a pass, and transformers' own text-to-image.
+"""What our decoder is compared with: the reference loop, one token a pass, and transformers' own text-to-image.
 
 Knows nothing of clocks, and nothing of the decoder it is compared with.
 """
@@ -14,7 +14,7 @@ from thinkclearly.models.prompt import FULL, ClearEditProcessor
 
 
 @torch.inference_mode()
-def seeds_loop(
+def reference_loop(
     model: ClearEditModel,
     embeds: torch.Tensor,
     num_tokens: int,
@@ -30,7 +30,8 @@ def seeds_loop(
     the host. With `temperature` 0 it takes the best class, as guidance="joint" of our decoder does.
 
     Args:
-        embeds: (R, L, H), rows of one length: full, part, uncond for an edit; full, uncond for text-to-image.
+        embeds: (R, L, H), rows of one length: full, part, uncond for an edit, as the demos always run it; full, uncond
+            for an edit with `cfg_weight2` 0 (the same tokens) and for text-to-image.
         source_tokens: long (N,), the codes that instruction tokens stand for; without it only codes are chosen.
 
     Returns:

@@ -9,9 +9,13 @@ from thinkclearly.evaluation.tables import markdown_table
 
 NOTES = {
     "edits": (
-        "Each edit alone, batch 1. The seeds' loop runs all three guidance rows; ours leaves out rows without weight. "
-        "*decode* is embedding the prompt, reading it and decoding; *whole edit* goes from picture to composite. "
-        "Speed is against the seeds' loop in the same round: median, and least to most over the rounds."
+        "Each edit alone, batch 1. *decode* is embedding the prompt, reading it and decoding; *whole edit* goes from "
+        "picture to composite. Speed is against the reference loop in the same round: median, and least to most over "
+        "the rounds. The reference decodes three guidance rows, as the originals do."
+    ),
+    "equal_rows": (
+        "This model's settings give one of the three guidance rows weight 0, and ours does not decode it. The second "
+        "row is the reference without it: it would choose the same tokens. *Equal rows* is the speed against that."
     ),
     "scripted": (
         "Random weights: the mask is scripted (one blob), the cost of a pass is real. Sampled at temperature 1 with "
@@ -43,7 +47,9 @@ def render(results: Mapping) -> str:
         scripted = case["scripted"]
         blocks += [f"## {case['title']}", "### Edits", NOTES["edits"]]
         blocks += [NOTES["scripted"]] if scripted else []
-        blocks.append(_speed(case["edits"], ("decode", "seconds")))
+        equal = case.get("equal_rows")
+        blocks += [NOTES["equal_rows"]] if equal else []
+        blocks.append(_speed(case["edits"], ("decode", "seconds"), equal))
         blocks += ["### Text-to-image", NOTES["draw"], _speed(case["draw"], ("decode",))]
         if "limit" in case:
             limit = case["limit"]
@@ -72,13 +78,14 @@ def _times(ratio: Sequence[float]) -> str:
     return f"{middle:.2f} × ({least:.2f}–{most:.2f})"
 
 
-def _speed(rows: Mapping, clocks: Sequence[str]) -> str:
-    labels = {"decode": "decode", "seconds": "whole edit"}
-    head = ["", "passes", *(text for clock in clocks for text in (f"{labels[clock]}, s", "speed"))]
-    body = []
-    for name, row in rows.items():
-        cells = [text for clock in clocks for text in (f"{row[clock]:.3f}", _times(row[f"{clock}_ratio"]))]
-        body.append([name, f"{row['passes']:.1f}", *cells])
+def _speed(rows: Mapping, clocks: Sequence[str], equal: Mapping | None = None) -> str:
+    """Seconds and speed of each row by each clock; `equal` holds the same rows with ratios to another one."""
+    head, body = ["", "passes"], [[name, f"{row['passes']:.1f}"] for name, row in rows.items()]
+    for clock in clocks:
+        head += [f"{'whole edit' if clock == 'seconds' else clock}, s", "speed"] + ["equal rows"] * bool(equal)
+        for (name, row), cells in zip(rows.items(), body):
+            cells += [f"{row[clock]:.3f}", _times(row[f"{clock}_ratio"])]
+            cells += [_times(equal[name][f"{clock}_ratio"])] if equal else []
     return markdown_table(head, body)
 
 
@@ -116,12 +123,12 @@ def _precisions(rows: Mapping) -> str:
 def _grids(rows: Mapping) -> str:
     body = []
     for tokens, case in rows.items():
-        seeds, *_, ours = case.values()
+        reference, *_, ours = case.values()
         body.append(
-            [tokens, f"{seeds['decode']:.3f}", f"{ours['decode']:.3f}", f"{ours['passes']:.0f}"]
+            [tokens, f"{reference['decode']:.3f}", f"{ours['decode']:.3f}", f"{ours['passes']:.0f}"]
             + [_times(ours["decode_ratio"])]
         )
-    return markdown_table(["tokens", "seeds' loop, decode, s", "ours, decode, s", "passes", "speed"], body)
+    return markdown_table(["tokens", "reference loop, decode, s", "ours, decode, s", "passes", "speed"], body)
 
 
 def _profile(found: Mapping) -> list[str]:

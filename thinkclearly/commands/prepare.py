@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     from thinkclearly.config import DataArguments, ModelArguments
     from thinkclearly.data.inspect import inspect_dataset
     from thinkclearly.data.jsonl import write_jsonl
-    from thinkclearly.data.sources import read_example, write_folder
+    from thinkclearly.data.sources import read_examples, write_folder
     from thinkclearly.splits import build_data, read_rows
 
     options = [ModelArguments, DataArguments, PrepareArguments]
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if output.export_folder:
         rows, _ = read_rows(data)
-        count = write_folder((read_example(row) for row in rows), output.export_folder)
+        count = write_folder(read_examples(rows, data.on_bad_record), output.export_folder)
         logger.info("%d samples in %s", count, output.export_folder)
     if output.jsonl:
         write_jsonl(prepared.train, output.jsonl, backbone.model.config.vq_config.num_embeddings)

@@ -23,6 +23,9 @@ class PushArguments:
     token: str | None = option(None, "Write token; better: `hf auth login` or HF_TOKEN, which no process list shows.")
     base_model_id: str | None = option(None, "Hub id of the base model, where training used a local folder.")
     license: str | None = option(None, "License of the card; what the base model's page says if not given.")
+    share_samples: bool | None = option(
+        None, "Share the sample edits, held-out pictures with instructions; if not given, only those of public data."
+    )
     pt: bool = option(False, "Add original/, the same fine-tune with gen_head_clear.pt for the original's script.")
     merged: str | None = option(None, "Whole weights instead of an adapter: native or deepseek layout.")
     dtype: str = option("bfloat16", "merged: float32, bfloat16 or float16.")

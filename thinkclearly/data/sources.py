@@ -78,6 +78,17 @@ def read_example(row: Mapping) -> EditExample:
     return EditExample(source, target, instruction, mask, key)
 
 
+def read_examples(rows: Iterable[Mapping], on_bad_record: str = "error") -> Iterator[EditExample]:
+    """`read_example` of each row; with `on_bad_record` "skip", without those that cannot be used."""
+    for row in rows:
+        try:
+            yield read_example(row)
+        except BadRecord as error:
+            if on_bad_record == "error":
+                raise
+            logger.warning("Skipped: %s", error)
+
+
 def _label(row: Mapping, side: str) -> str:
     path = (row[side] or {}).get("path")
     return f"{row['key']}: {side}" + (f" {path}" if path else "")

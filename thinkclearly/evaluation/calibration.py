@@ -21,7 +21,8 @@ from thinkclearly.editing.result import EditResult
 
 logger = logging.getLogger(__name__)
 
-MAX_LOG_TEMPERATURE = 4.0  # beyond, a gate is as good as a coin
+MIN_AUC = 0.6  # below, a gate is little better than a coin, whose AUC is 0.5
+MAX_LOG_TEMPERATURE = 4.0  # beyond, the fit calls every position the same, whatever the order of the log-odds
 BINS = 15  # of equal width, for the calibration error and its curve
 
 
@@ -36,7 +37,8 @@ def fit_gate(log_odds: np.ndarray, clear: np.ndarray) -> tuple[float, float]:
         clear: bool (M,), whether CLEAR is true.
 
     Raises:
-        ValueError: all true or all false, or log-odds that do not rise with the truth: there is nothing to fit.
+        ValueError: all true or all false, or an AUC below `MIN_AUC`. The likeliest bias and temperature of log-odds
+            that tell nothing make them all the base rate's: the model would copy everything, or nothing.
     """
     positives, negatives = int(clear.sum()), int((~clear).sum())
     if not positives or not negatives:
@@ -50,8 +52,12 @@ def fit_gate(log_odds: np.ndarray, clear: np.ndarray) -> tuple[float, float]:
         return float(np.mean(np.logaddexp(0, scaled) - targets * scaled))
 
     bias, log_temperature = minimize(loss, np.zeros(2), method="Nelder-Mead").x
-    if log_temperature > MAX_LOG_TEMPERATURE:
-        raise ValueError("The gate's log-odds say nothing about what is unchanged; train longer before calibrating.")
+    auc = gate_metrics(log_odds, clear)["auc"]
+    if auc < MIN_AUC or log_temperature > MAX_LOG_TEMPERATURE:
+        raise ValueError(
+            f"The gate hardly tells what is unchanged: AUC {auc:.2f} (chance is 0.5, calibration needs {MIN_AUC}). "
+            "Train longer, or look at the labels with `thinkclearly prepare`."
+        )
     return float(bias), float(np.exp(log_temperature))
 
 
@@ -87,26 +93,25 @@ def calibrate(editor: Editor, rows: Iterable[dict], batch_size: int = 16) -> dic
     """Fits the gate of the editor's model to held-out edits, decoded freely with the editor's settings.
 
     Args:
-        editor: its model's configuration is changed in place.
+        editor: its model's configuration is changed in place, unless there is nothing to fit.
         rows: prepared records with their source pictures: `instruction`, `source`, `output_tokens` (N classes).
 
     Returns:
         `gate_bias`, `gate_temperature`, and `gate_metrics` as they were before and would be after (same decoding).
+
+    Raises:
+        ValueError: see `fit_gate`; the gate stays as it is.
     """
-    model = editor.model
-    config = model.clear_config
+    config, rows = editor.model.clear_config, list(rows)
+    as_it_is = config.gate_bias, config.gate_temperature
     config.gate_bias, config.gate_temperature = 0.0, 1.0
-    settings = replace(editor.settings, guidance="factorised", prefer="balanced", clear_bias=0.0)
-    gates, clears, rows = [], [], list(rows)
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        results = Editor(model, editor.processor, settings).edit_many(
-            [row["source"] for row in batch], [row["instruction"] for row in batch]
-        )
-        gates += [result.gate.numpy() for result in results]
-        clears += [np.asarray(row["output_tokens"]) >= config.codebook_size for row in batch]
-    log_odds, clear = np.concatenate(gates).astype(np.float64), np.concatenate(clears)
-    config.gate_bias, config.gate_temperature = fit_gate(log_odds, clear)  # where it raises: uncalibrated
+    try:
+        log_odds, clear = _decode(editor, rows, batch_size)
+        fitted = fit_gate(log_odds, clear)
+    except BaseException:
+        config.gate_bias, config.gate_temperature = as_it_is
+        raise
+    config.gate_bias, config.gate_temperature = fitted
     before = gate_metrics(log_odds, clear)
     after = gate_metrics((log_odds + config.gate_bias) / config.gate_temperature, clear)
     logger.info(
@@ -115,3 +120,16 @@ def calibrate(editor: Editor, rows: Iterable[dict], batch_size: int = 16) -> dic
     )
     found = {"gate_bias": config.gate_bias, "gate_temperature": config.gate_temperature, "gate_auc": before["auc"]}
     return found | {"gate_ece_before": before["ece"], "gate_ece_after": after["ece"]}
+
+
+def _decode(editor: Editor, rows: list[dict], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The gate's log-odds (float64) and whether CLEAR is true (bool), at every position of every row: (rows·N,)."""
+    settings = replace(editor.settings, guidance="factorised", prefer="balanced", clear_bias=0.0)
+    editor = Editor(editor.model, editor.processor, settings)
+    gates, clears = [], []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        results = editor.edit_many([row["source"] for row in batch], [row["instruction"] for row in batch])
+        gates += [result.gate.numpy() for result in results]
+        clears += [np.asarray(row["output_tokens"]) >= editor.model.clear_config.codebook_size for row in batch]
+    return np.concatenate(gates).astype(np.float64), np.concatenate(clears)

@@ -20,6 +20,7 @@ from thinkclearly.evaluation.metrics import (
     clear_metrics,
     image_metrics,
 )
+from thinkclearly.evaluation.tables import format_number
 from thinkclearly.images import Letterbox, patch_difference
 
 
@@ -34,8 +35,9 @@ class Evaluation:
         done: row → share of edits that were done, where a judge was given.
         log_odds: float (edits·N,), calibrated log-odds of copying; empty where there is no gate to speak of.
         unchanged: bool (edits·N,), whether CLEAR was true there, by pixels.
-        reports: one dict an edit for `write_report`, of the first `keep` edits.
-        results: the `EditResult`s of the same edits.
+        scores: float (edits,), PSNR of the whole composite against the target, dB.
+        reports: one dict an edit for `write_report`.
+        results: one `EditResult` an edit.
     """
 
     pictures: dict[str, dict]
@@ -43,6 +45,7 @@ class Evaluation:
     done: dict[str, float]
     log_odds: np.ndarray
     unchanged: np.ndarray
+    scores: np.ndarray
     reports: list[dict]
     results: list
 
@@ -55,24 +58,22 @@ def evaluate_edits(
     pixel_tolerance: int = 16,
     batch_size: int = 16,
     seed: int = 0,
-    keep: int = 24,
     total: int | None = None,
 ) -> Evaluation:
-    """Edits every example's source and compares with source, target and mask.
+    """Edits every example's source and compares with source, target and mask. Keeps all pictures in memory.
 
     Rows: `raw`, `token_composite`, `pixel_composite`, `copy_matching_tokens` (the raw codes, pixels copied where they
     equal the source's: no CLEAR needed), `input_decoded`, `copy_source` (edits nothing).
 
     Args:
-        examples: with targets; inside and outside need masks.
+        examples: with targets of the sources' sizes; inside and outside need masks.
         judge: (key, picture) → whether the asked edit is done.
         pixel_tolerance: where source and target differ by no more, of 255, the true label is CLEAR.
-        keep: edits that go into the report.
     """
     images: dict[str, list[dict]] = {}
     clears: dict[str, list[dict]] = {"labels": []}
     done: dict[str, list[bool]] = {}
-    log_odds, unchanged = [], []
+    log_odds, unchanged, scores = [], [], []
     reports: list[dict] = []
     kept: list = []
     with tqdm(total=total, desc="edit", unit="picture") as bar:
@@ -100,15 +101,17 @@ def evaluate_edits(
                     box = Letterbox(*example.source.size, editor.processor.image_size)
                     touched = box.fit_mask(example.mask, editor.processor.grid).ravel()
                     clears.setdefault("mask", []).append(clear_metrics(chosen, ~touched))
-                if len(reports) < keep:
-                    kept.append(result)
-                    reports.append(_report(example, result, None if judge is None else done["pixel_composite"][-1]))
+                kept.append(result)
+                scores.append(image_metrics(result.image, example.target, ssim=False)["psnr"])
+                judged = None if judge is None else done["pixel_composite"][-1]
+                reports.append(_report(example, result, judged, scores[-1]))
             bar.update(len(batch))
     return Evaluation(
         {name: aggregate_image_metrics(rows) for name, rows in images.items()},
         {name: aggregate_clear_metrics(rows) for name, rows in clears.items()},
         {name: float(np.mean(values)) for name, values in done.items()},
         *_with_gate(log_odds, unchanged),
+        np.array(scores),
         reports,
         kept,
     )
@@ -134,7 +137,7 @@ def _batches(examples: Iterable[EditExample], size: int):
 def _compare(picture: Image.Image, example: EditExample, mask: np.ndarray | None) -> dict:
     """Against the source, but inside the mask against the target."""
     row = image_metrics(picture, example.source, mask)
-    if mask is not None and example.target.size == example.source.size:
+    if mask is not None:
         inside = image_metrics(picture, example.target, mask)
         row.update({key: value for key, value in inside.items() if key.endswith("_inside")})
     return row
@@ -147,8 +150,14 @@ def _unchanged(example: EditExample, editor, tolerance: int) -> np.ndarray:
     return patch_difference(source, target, processor.grid).ravel() <= tolerance
 
 
-def _report(example: EditExample, result, done: bool | None) -> dict:
-    note = f"{result.clear_fraction:.0%} CLEAR"
+def best_median_worst(scores: np.ndarray) -> dict[str, int]:
+    """Indices of the edits with the highest, the middle and the lowest score."""
+    order = np.argsort(-scores, kind="stable").tolist()
+    return {"Best": order[0], "Median": order[len(order) // 2], "Worst": order[-1]}
+
+
+def _report(example: EditExample, result, done: bool | None, score: float) -> dict:
+    note = f"{format_number(score, '{:.1f} dB')} against the true target, {result.clear_fraction:.0%} CLEAR"
     if done is not None:
         note += ", edit done" if done else ", edit not done"
     edited = ~(np.asarray(result.mask) > 127)

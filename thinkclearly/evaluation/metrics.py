@@ -118,8 +118,10 @@ def clear_metrics(predicted_mask: np.ndarray, true_mask: np.ndarray) -> dict[str
 
     `precision`, `recall` and `f1` take CLEAR as the positive class. `edit_iou` is the intersection over union of the
     *edited* regions (not CLEAR): low recall of edits punches holes into them and shows here even where nearly all of
-    the picture is CLEAR. `clear_rate_predicted` and `clear_rate_true` are shares of all positions. The four counts
-    (`clear_both`, `clear_predicted`, `clear_true`, `positions`) are what `aggregate_clear_metrics` pools.
+    the picture is CLEAR. `f1_always_clear` is the F1 of calling everything CLEAR, which is high where edits are
+    small: `f1` means something only above it. `clear_rate_predicted` and `clear_rate_true` are shares of all
+    positions. The four counts (`clear_both`, `clear_predicted`, `clear_true`, `positions`) are what
+    `aggregate_clear_metrics` pools.
 
     Args:
         predicted_mask, true_mask: bool (N,), True where CLEAR.
@@ -193,6 +195,7 @@ def _clear_ratios(both: int, predicted: int, true: int, positions: int) -> dict[
         "precision": ratio(both, predicted),
         "recall": ratio(both, true),
         "f1": ratio(2 * both, predicted + true),
+        "f1_always_clear": ratio(2 * true, positions + true),
         "edit_iou": ratio(positions - (predicted + true - both), positions - both),
         "clear_rate_predicted": ratio(predicted, positions),
         "clear_rate_true": ratio(true, positions),

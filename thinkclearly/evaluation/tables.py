@@ -28,6 +28,7 @@ CLEAR_COLUMNS = {
     "precision": ("CLEAR precision", "%"),
     "recall": ("CLEAR recall", "%"),
     "f1": ("CLEAR F1", "{:.4f}"),
+    "f1_always_clear": ("F1 of always CLEAR", "{:.4f}"),
     "edit_iou": ("IoU of the edit", "{:.4f}"),
     "clear_rate_predicted": ("CLEAR rate, predicted", "%"),
     "clear_rate_true": ("CLEAR rate, true", "%"),

@@ -8,23 +8,27 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from pathlib import Path
 
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from thinkclearly.config import LEFT_OUT
 from thinkclearly.data.prepare import Preparation
 from thinkclearly.evaluation.benchmark import SHARED_FOLDER
 from thinkclearly.evaluation.benchmark_report import eval_results
 from thinkclearly.models.clear_head import HEAD_FILE, head_digest, read_clear_config
 from thinkclearly.models.weight_files import read_tensors
+from thinkclearly.recipe import LEFT_OUT
 
 logger = logging.getLogger(__name__)
 
 CARD_FILE, RECIPE_FILE = "README.md", "recipe.yaml"
 TASK = "image-to-image"
 TAGS = ["clear-edit", "thinkclearly", "janus", "image-editing"]
+SHAPES = "built-in shapes"
 MARK = "<!-- Written by `thinkclearly push`, anew each time. Delete this line, and the text is yours and stays. -->"
 # The second is PEFT's form with nothing filled in, which it leaves beside every adapter.
 _NOT_THE_USERS = (MARK, "# Model Card for Model ID")
@@ -36,8 +40,7 @@ _COMPARED = {
 
 
 def model_card(
-    run: Path,
-    weights: Path,
+    directory: Path,
     repo_id: str,
     base_model: str | None,
     samples: list[str],
@@ -47,18 +50,18 @@ def model_card(
     """The card of a fine-tune. A README.md that a user wrote keeps its text, and gets the metadata.
 
     Args:
-        run: the folder that training wrote: `recipe.yaml`, `all_results.json`, perhaps `metrics.json`,
-            `benchmarks/` and README.md.
-        weights: the folder of what is shared, `run` or a checkpoint in it.
+        directory: the folder that training wrote, or a checkpoint in it. A checkpoint has its run's recipe and README,
+            but metrics of its own: the run's are those of its last step.
+        repo_id: the name to load it by.
         base_model: Hub id; None where the base has no page there.
         samples: pictures of the gallery, as paths inside the repository.
         license: `license`, and `license_name` and `license_link` where there are any.
         is_adapter: whether the repository holds PEFT's adapter rather than whole weights.
     """
-    recipe = _read(run / RECIPE_FILE, yaml.safe_load)
-    data = _data_name(recipe)
-    metrics = read_metrics(run)
-    benchmarks = [result for found in read_benchmarks(run, weights) for result in eval_results(found)]
+    recipe = read_recipe(directory)
+    data = data_name(recipe)
+    metrics = read_metrics(directory)
+    benchmarks = [result for found in read_benchmarks(directory) for result in eval_results(found)]
     metadata = ModelCardData(
         model_name=repo_id.split("/")[-1] if metrics or benchmarks else None,
         base_model=base_model,
@@ -82,7 +85,7 @@ def model_card(
         or None,
         **(license or {}),
     )
-    own = _users_card(run)
+    own = _users_card(directory)
     if own is not None:
         tags = [tag for tag in own.data.tags or [] if not tag.startswith("base_model:")]
         known = {key: value for key, value in vars(metadata).items() if value is not None}
@@ -90,7 +93,7 @@ def model_card(
             own.data[key] = value
         own.data["base_model"] = base_model
         return own
-    parts = [MARK, f"# {repo_id.split('/')[-1]}", _about(base_model, data), _usage(repo_id)]
+    parts = [MARK, f"# {repo_id.split('/')[-1]}", _about(base_model, data, step_of(directory)), _usage(repo_id)]
     if samples:
         shown = "\n\n".join(f"![{Path(path).stem.replace('_', ' ')}]({path})" for path in samples)
         parts.append(f"## Samples\n\nEach row: source, raw decode, composite, CLEAR mask.\n\n{shown}")
@@ -103,21 +106,42 @@ def model_card(
     return ModelCard(f"---\n{metadata}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
-def read_benchmarks(run: Path, weights: Path) -> list[dict]:
-    """What `thinkclearly evaluate --benchmark` left in `run`, where it measured `weights` as they are now."""
+def step_of(directory: Path) -> int | None:
+    """The step that a checkpoint was written after; None for the folder of a run, whose weights are the last ones."""
+    match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", directory.name)
+    return int(match[1]) if match else None
+
+
+def run_of(directory: Path) -> Path:
+    """The folder of the run: that of a checkpoint lies around it."""
+    return directory if step_of(directory) is None else directory.parent
+
+
+def read_recipe(directory: Path) -> dict:
+    """The options that the weights were trained with; empty where nothing tells them."""
+    path = directory / RECIPE_FILE
+    return _read(path if path.is_file() else run_of(directory) / RECIPE_FILE, yaml.safe_load)
+
+
+def read_benchmarks(directory: Path) -> list[dict]:
+    """What `thinkclearly evaluate --benchmark` left in the run, where it measured these weights as they are now."""
     found = []
-    for path in sorted((run / SHARED_FOLDER).glob("*.json")):
-        results, head = _read(path, json.loads), read_tensors(weights / HEAD_FILE)["weight"]
-        if results.get("run", {}).get("head") == head_digest(head, read_clear_config(weights)):
+    for path in sorted((run_of(directory) / SHARED_FOLDER).glob("*.json")):
+        results, head = _read(path, json.loads), read_tensors(directory / HEAD_FILE)["weight"]
+        if results.get("run", {}).get("head") == head_digest(head, read_clear_config(directory)):
             found.append(results)
         else:
             logger.warning("%s is of other weights or another calibration; the card leaves it out", path)
     return found
 
 
-def read_metrics(run: Path) -> dict[str, float]:
-    """Name → value: the Trainer's evaluation, and the demo's measured edits where they were made."""
-    results = _read(run / "all_results.json", json.loads)
+def read_metrics(directory: Path) -> dict[str, float]:
+    """Name → value: the evaluation of these weights, and the demo's measured edits where they were made."""
+    if (step := step_of(directory)) is None:
+        results = _read(directory / "all_results.json", json.loads)
+    else:
+        log = _read(directory / TRAINER_STATE_NAME, json.loads).get("log_history", [])
+        results = {name: value for entry in log if entry.get("step") == step for name, value in entry.items()}
     timing = ("runtime", "samples_per_second", "steps_per_second")
     found = {
         name.removeprefix("eval_").replace("_", " "): value
@@ -125,7 +149,8 @@ def read_metrics(run: Path) -> dict[str, float]:
         if name.startswith("eval_") and not name.endswith(timing)
     }
     # The demo measures beside its checkpoint.
-    edits = _read((run.parent if run.name == "checkpoint" else run) / "metrics.json", json.loads)
+    measured = directory.parent if directory.name == "checkpoint" else directory
+    edits = _read(measured / "metrics.json", json.loads)
     held_out = edits.get("held_out", {}) if isinstance(edits, dict) else {}
     for picture in ("raw", "pixel_composite"):
         values = held_out.get("pictures", {}).get(picture, {})
@@ -137,8 +162,10 @@ def read_metrics(run: Path) -> dict[str, float]:
         }
         if picture in held_out.get("done", {}):
             found[f"asked edit done, {words}"] = held_out["done"][picture]
-    if f1 := held_out.get("clear", {}).get("labels", {}).get("f1"):
-        found["CLEAR F1 against pixel labels"] = f1
+    labels = held_out.get("clear", {}).get("labels", {})
+    for key, text in (("f1", "CLEAR F1 against pixel labels"), ("f1_always_clear", "F1 of always CLEAR")):
+        if labels.get(key) is not None:
+            found[text] = labels[key]
     return found
 
 
@@ -157,26 +184,26 @@ def dataset_card(repo_id: str, preparation: Preparation) -> DatasetCard:
     return DatasetCard(f"---\n{metadata}\n---\n\n{text}")
 
 
-def _users_card(run: Path) -> ModelCard | None:
-    path = run / CARD_FILE
-    if not path.is_file():
-        return None
-    card = ModelCard.load(path)
-    return None if any(sign in card.text for sign in _NOT_THE_USERS) else card
+def _users_card(directory: Path) -> ModelCard | None:
+    for path in (directory / CARD_FILE, run_of(directory) / CARD_FILE):
+        if path.is_file() and not any(sign in (card := ModelCard.load(path)).text for sign in _NOT_THE_USERS):
+            return card
+    return None
 
 
-def _about(base_model: str | None, data: str) -> str:
+def _about(base_model: str | None, data: str, step: int | None) -> str:
     base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a Janus model"
     return (
         f"Edits pictures by instruction: {base}, fine-tuned on {data} to say `<CLEAR>` wherever the source should "
         "stay. Those patches are copied from the photo itself, byte for byte and at its own resolution."
+        + (f" These are the weights after step {step}, before the end of training." if step is not None else "")
     )
 
 
 def _usage(repo_id: str) -> str:
     return f"""## Use
 
-`pip install thinkclearly`, then
+It needs ThinkClearly, which is no package of PyPI: `pip install .` in a checkout of its source. Then
 
 ```python
 import thinkclearly
@@ -190,8 +217,8 @@ result["image"].save("edited.png")
 `result` also has `mask`, `raw`, `token_composite`, `tokens` and `clear_fraction`."""
 
 
-def _data_name(recipe: dict) -> str:
-    """The Hub id of the data, or what it is in words."""
+def data_name(recipe: dict) -> str:
+    """The Hub id of the data, `SHAPES`, or what it is in words."""
     source, path = recipe.get("source"), recipe.get("path")
     if source == "magicbrush" and path != LEFT_OUT:
         return path or "osunlp/MagicBrush"
@@ -199,7 +226,7 @@ def _data_name(recipe: dict) -> str:
         return path
     if source == "shapes" and "photos_folder" in recipe:
         return "built-in shapes on private photographs"
-    return {None: "unnamed data", "shapes": "built-in shapes"}.get(source, f"private data ({source})")
+    return {None: "unnamed data", "shapes": SHAPES}.get(source, f"private data ({source})")
 
 
 def _read(path: Path, parse) -> dict:

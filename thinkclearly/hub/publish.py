@@ -6,6 +6,7 @@ Knows which files belong in a repository and what must not leave the machine. Th
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,20 +18,31 @@ from pathlib import Path
 import torch
 import yaml
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from peft import PeftModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from thinkclearly.config import is_local
 from thinkclearly.data.prepare import INFO_FILE, Preparation
 from thinkclearly.files import write_json, write_text
-from thinkclearly.hub.card import CARD_FILE, RECIPE_FILE, dataset_card, model_card
+from thinkclearly.hub.card import (
+    CARD_FILE,
+    RECIPE_FILE,
+    SHAPES,
+    data_name,
+    dataset_card,
+    model_card,
+    read_recipe,
+    run_of,
+    step_of,
+)
 from thinkclearly.models.backbone import TINY
 from thinkclearly.models.checkpoint import export_deepseek
 from thinkclearly.models.clear_head import CONFIG_FILE, HEAD_FILE
 from thinkclearly.models.original_finetune import write_original_finetune
 from thinkclearly.training.adapters import load_clear_model
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG, PIPELINE_FILE = "adapter_config.json", "clear_edit_pipeline.py"
 REQUIRED = (HEAD_FILE, CONFIG_FILE, "config.json")
@@ -44,6 +56,14 @@ WEIGHT_FILES = (
 )
 _SHARD = "shard-?????-of-?????"
 DATASET_FILES = (f"{_SHARD}/data-*.arrow", f"{_SHARD}/dataset_info.json", f"{_SHARD}/state.json")
+# What a push replaces: an older one's files that it does not bring itself go, others' stay.
+REPLACED = {
+    "model": (
+        *(*REQUIRED, *PROCESSOR_FILES, *WEIGHT_FILES),
+        *(PIPELINE_FILE, RECIPE_FILE, "samples/step_*.png", "original/*"),
+    ),
+    "dataset": (INFO_FILE, *DATASET_FILES),
+}
 SAMPLES = 8
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _LOCAL_PATH = re.compile(r'"((?:/|[A-Za-z]:\\\\)[^"/\\]+[/\\][^"]*)"')
@@ -79,7 +99,8 @@ def push(
     if "/" not in repo_id:
         repo_id = f"{HfApi(token=token).whoami()['name']}/{repo_id}"
     if (directory / INFO_FILE).is_file():
-        if unused := [name for name in ("base_model_id", "license", "pt", "merged") if options.get(name)]:
+        of_models = ("base_model_id", "license", "share_samples", "pt", "merged")
+        if unused := [name for name in of_models if options.get(name)]:
             raise ValueError(f"{directory} holds prepared data, for which {unused[0]} means nothing; leave it out")
         stage, kind = _staged_data(directory, repo_id), "dataset"
     else:
@@ -98,7 +119,12 @@ def upload(
     token: str | None = None,
     message: str = "Push by thinkclearly",
 ) -> CommitInfo:
-    """Every file of `folder` into the repository; `huggingface_hub` leaves out what is there already."""
+    """Every file of `folder` into the repository, in one commit that also removes what an earlier push left there.
+
+    `huggingface_hub` leaves out what is there already. Adapter and merged weights, or shards of two data sets, would
+    otherwise lie side by side: transformers and our own loaders take a folder with both for an adapter, and read all
+    shards.
+    """
     api = HfApi(token=token, library_name="thinkclearly")
     target = {"repo_type": kind, "revision": revision}
     try:
@@ -108,7 +134,12 @@ def upload(
         if revision and not revision.startswith("refs/"):
             api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
         return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, create_pr=create_pr, commit_message=message, **target
+            repo_id=repo_id,
+            folder_path=folder,
+            delete_patterns=list(REPLACED[kind]),
+            create_pr=create_pr,
+            commit_message=message,
+            **target,
         )
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403):
@@ -130,6 +161,7 @@ def staged(
     *,
     base_model_id: str | None = None,
     license: str | None = None,
+    share_samples: bool | None = None,
     pt: bool = False,
     merged: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -140,6 +172,8 @@ def staged(
     Args:
         base_model_id: Hub id of the base model, where training used a local folder.
         license: as the Hub names it; what the base model's page says where not given.
+        share_samples: whether the sample edits go along, which show held-out pictures and instructions; where not
+            given, if anyone can see the data: the built-in shapes, and public data sets of the Hub.
         pt: add `original/`, the same fine-tune for the original script.
         merged: "native" or "deepseek": whole weights in that layout, and no adapter.
         dtype, max_shard_size: of merged weights.
@@ -149,7 +183,6 @@ def staged(
     """
     directory = Path(directory).absolute()
     _check_complete(directory)
-    run = directory.parent if directory.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else directory
     base = base_model_of(directory, base_model_id)
     base = tiny_id(repo_id) if base == "tiny" else base
     with tempfile.TemporaryDirectory(prefix="thinkclearly-push-") as temporary:
@@ -165,21 +198,22 @@ def staged(
         if (folder / ADAPTER_CONFIG).is_file():  # else pipeline() would ask for trust_remote_code, imported or not
             write_json(folder / "config.json", pipeline_config(_read_json(folder / "config.json")))
             shutil.copy(Path(__file__).parent / "remote_pipeline.py", folder / PIPELINE_FILE)
-        _link(run, folder, (RECIPE_FILE,))
-        if base_model_id and (recipe := folder / RECIPE_FILE).is_file():
-            settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) | {"base_model": base_model_id}
-            write_text(recipe, yaml.safe_dump(settings, sort_keys=False))
-        samples = sorted((run / "samples").glob("*.png"), reverse=True)[:SAMPLES]
-        _link(run, folder, [f"samples/{path.name}" for path in samples])
+        if recipe := read_recipe(directory):
+            recipe |= {"base_model": base_model_id} if base_model_id else {}
+            write_text(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
+        samples = samples_of(directory)
+        if samples and not (is_public(recipe) if share_samples is None else share_samples):
+            logger.info("The sample edits stay here: they show your data. --share_samples true shares them.")
+            samples = []
+        _link(run_of(directory), folder, samples)
         if pt:
             model, _ = load_clear_model(directory)
             write_original_finetune(model, folder / "original")
             settings = _read_json(folder / "original" / ADAPTER_CONFIG) | {"base_model_name_or_path": base}
             write_json(folder / "original" / ADAPTER_CONFIG, settings)
         licenses = {"license": license} if license else license_of(base)
-        names = [f"samples/{path.name}" for path in samples]
         is_adapter = (folder / ADAPTER_CONFIG).is_file()
-        model_card(run, directory, repo_id, base, names, licenses, is_adapter).save(folder / CARD_FILE)
+        model_card(directory, repo_id, base, samples, licenses, is_adapter).save(folder / CARD_FILE)
         check_publishable(folder)
         yield folder
 
@@ -201,6 +235,26 @@ def base_model_of(directory: Path, base_model_id: str | None) -> str | None:
             "is on the Hub with --base_model_id owner/name."
         )
     return base
+
+
+def samples_of(directory: Path) -> list[str]:
+    """The newest sample edits of a run; of a checkpoint the ones that its own weights made. Names below the run."""
+    step = step_of(directory)
+    pattern = "step_*.png" if step is None else f"step_{step:06d}.png"
+    found = sorted((path.name for path in (run_of(directory) / "samples").glob(pattern)), reverse=True)
+    return [f"samples/{name}" for name in found[:SAMPLES]]
+
+
+def is_public(recipe: dict) -> bool:
+    """Whether anyone can see a run's data: the built-in shapes, or a data set that the Hub shows without a token."""
+    name = data_name(recipe)
+    if name == SHAPES or "/" not in name:
+        return name == SHAPES
+    try:
+        info = HfApi(token=False).dataset_info(name)
+    except (HfHubHTTPError, httpx.TransportError, OfflineModeIsEnabled, HFValidationError):
+        return False
+    return not info.private and not info.gated
 
 
 def tiny_id(repo_id: str) -> str:

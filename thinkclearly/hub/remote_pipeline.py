@@ -9,8 +9,8 @@ try:
     from thinkclearly.hub.pipeline import ClearEditLoader, ClearEditPipeline
 except ImportError as error:
     raise ImportError(
-        "This model edits pictures with instruction tokens and needs the package that made it: "
-        "pip install thinkclearly"
+        "This model edits pictures with instruction tokens and needs ThinkClearly, which is no package of PyPI: "
+        "`pip install .` in a checkout of its source"
     ) from error
 
 __all__ = ["ClearEditPipeline"]

@@ -53,7 +53,7 @@ class PublishingTrainer(ClearEditTrainer):
     def _push(self, directory: str, message: str, token: str | None = None, revision: str | None = None) -> Future:
         """Puts the files together now, and sends them in the background: what is trained meanwhile stays out."""
         stage = ExitStack()
-        folder = stage.enter_context(staged(directory, self.hub_model_id))
+        folder = stage.enter_context(staged(directory, self.hub_model_id, share_samples=self.args.share_samples))
 
         def send() -> CommitInfo:
             with stage:

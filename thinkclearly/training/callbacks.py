@@ -18,6 +18,11 @@ from transformers import TrainerCallback
 from thinkclearly.data.collator import EditCollator
 from thinkclearly.files import replacing
 
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
+
 logger = logging.getLogger(__name__)
 
 
@@ -116,15 +121,17 @@ class Speed(TrainerCallback):
     on_train_begin = on_evaluate = on_save = _start
 
     def metrics(self, args) -> dict[str, float]:
-        """`seconds_per_step`, `samples_per_second` over all processes, and `peak_memory_gib` of this process."""
-        if args.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            import resource  # not there on Windows
+        """`seconds_per_step`, `samples_per_second` over all processes, and `peak_memory_gib` of this process.
 
+        The last one is left out on Windows without CUDA.
+        """
+        found = {}
+        if args.device.type == "cuda":
+            found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        elif resource is not None:
             # Linux counts kilobytes, macOS bytes.
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        found = {"peak_memory_gib": peak / 2**30}
+            found["peak_memory_gib"] = peak / 2**30
         if self.seconds:
             mean = statistics.fmean(self.seconds[1:] or self.seconds)
             samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

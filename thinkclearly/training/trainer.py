@@ -47,13 +47,17 @@ def weighted_loss(
 
 
 class GateMeter:
-    """Running CLEAR rates, code accuracy and gate AUC over the rows that see the source; sums over processes."""
+    """Running CLEAR rates, code accuracy and gate AUC over the rows that see the source.
 
-    def __init__(self, codebook_size: int, device: torch.device):
+    Args:
+        sync_on_compute: add up the processes' rows; off where each of them is given all rows.
+    """
+
+    def __init__(self, codebook_size: int, device: torch.device, sync_on_compute: bool = True):
         self.codebook_size = codebook_size
         means = ("clear_rate_true", "clear_rate_predicted", "code_accuracy", "accuracy")
-        self.means = {name: MeanMetric().to(device) for name in means}
-        self.auc = BinaryAUROC(thresholds=512, ignore_index=-1).to(device)
+        self.means = {name: MeanMetric(sync_on_compute=sync_on_compute).to(device) for name in means}
+        self.auc = BinaryAUROC(thresholds=512, ignore_index=-1, sync_on_compute=sync_on_compute).to(device)
 
     @torch.no_grad()
     def update(self, scores: Scores, labels: torch.Tensor, sees_source: torch.Tensor) -> None:
@@ -82,7 +86,8 @@ class ClearEditTrainer(ResumableTrainer):
     """Fine-tunes a `ClearEditModel`.
 
     Besides the loss it logs, for rows that see the source: true and predicted CLEAR rate, accuracy of the codes where
-    a code is the label, accuracy over all classes, and the area under the gate's ROC curve.
+    a code is the label, accuracy over all classes, and the area under the gate's ROC curve. Evaluation counts every
+    record once, so its numbers are the same for any batch size and number of processes.
 
     Args:
         model: with LoRA inside, or bare for full fine-tuning.
@@ -111,7 +116,14 @@ class ClearEditTrainer(ResumableTrainer):
         self.clear_weight = self.eval_clear_weight = clear_weight
         self.eval_collator = EditCollator(processor, model.vocabulary, features=data_collator.features)
         self.codebook_size = model.vocabulary.codebook_size
-        self.meters = {mode: GateMeter(self.codebook_size, self.args.device) for mode in ("train", "eval")}
+        self.train_meter = GateMeter(self.codebook_size, self.args.device)
+        self.eval_meter = GateMeter(self.codebook_size, self.args.device, sync_on_compute=False)
+
+    @property
+    def weights_are_sharded(self) -> bool:
+        """Whether no process has the weights whole (FSDP, ZeRO-3), as editing, which is outside `forward`, needs."""
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3)
 
     def create_accelerator_and_postprocess(self):
         # accelerate shards over every kind of device but the CPU, where it would run DDP without a word.
@@ -138,22 +150,26 @@ class ClearEditTrainer(ResumableTrainer):
         return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        scores = model(**inputs)
-        if model.training:
-            # Processes average their gradients; the sum of weights is already the global one.
-            scale, weight, total = self.accelerator.num_processes, self.clear_weight, num_items_in_batch
-        else:
-            scale, weight, total = 1, self.eval_clear_weight, None
-        loss = scale * weighted_loss(scores.nll, inputs["labels"], self.codebook_size, weight, total)
-        meter = self.meters["train" if model.training else "eval"]
-        meter.update(scores, inputs["labels"], inputs["source_slot"] >= 0)
+        """The loss of a training step; evaluation has sums of its own, see `prediction_step`."""
+        scores, labels = model(**inputs), inputs["labels"]
+        loss = weighted_loss(scores.nll, labels, self.codebook_size, self.clear_weight, num_items_in_batch)
+        self.train_meter.update(scores, labels, inputs["source_slot"] >= 0)
+        # Processes average their gradients; the sum of weights is already the global one.
+        loss = self.accelerator.num_processes * loss
         return (loss, scores) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss alone: the meters have taken what they need of the scores."""
+        """Adds the rows of all processes to the sums, without the duplicates that fill up the last batch."""
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
+            scores = model(**inputs)
+        rows = (*scores.to_tuple(), inputs["labels"], inputs["source_slot"] >= 0)
+        *scores, labels, sees_source = self.accelerator.gather_for_metrics(rows)
+        scores = Scores(*scores)
+        self.eval_meter.update(scores, labels, sees_source)
+        weights = class_weights(labels, self.codebook_size, self.eval_clear_weight)
+        self.eval_sums += torch.stack([(scores.nll * weights).sum(), weights.sum()])
+        return None, None, None
 
     def get_eval_dataloader(self, eval_dataset=None):
         training, self.data_collator = self.data_collator, self.eval_collator
@@ -163,13 +179,16 @@ class ClearEditTrainer(ResumableTrainer):
             self.data_collator = training
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        self.eval_sums = torch.zeros(2, device=self.args.device)  # of the losses, and of the weights
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self.meters["eval"].compute().items()})
+        loss, weight = self.eval_sums.tolist()
+        found = {"loss": loss / weight, **self.eval_meter.compute()}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
-            logs = {**logs, **self.meters["train"].compute(), "clear_weight": self.clear_weight}
+            logs = {**logs, **self.train_meter.compute(), "clear_weight": self.clear_weight}
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
