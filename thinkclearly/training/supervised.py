@@ -1,0 +1,189 @@
+"""SupervisedTrainer: transformers' Trainer with one weighted cross-entropy over codes, instructions and words.
+
+Knows how the loss is counted, logged, saved and resumed. Does not know where data come from, nor which instructions
+there are: those of Janus-4o's training are none.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torchmetrics import MeanMetric
+
+from thinkclearly.data.collator import Collator
+from thinkclearly.models.cross_entropy import Scores, weighted_loss
+from thinkclearly.models.finetunes import load_finetune
+from thinkclearly.models.instruction_head import InstructionModel
+from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.sequence import Dropout
+from thinkclearly.training.checkpoints import ResumableTrainer
+
+
+class SupervisedTrainer(ResumableTrainer):
+    """Fine-tunes an `InstructionModel`.
+
+    Besides the loss it logs the accuracy over all classes, and that of answers where there are any. Evaluation counts
+    every record once, so its numbers are the same for any batch size and number of processes.
+
+    Args:
+        model: with LoRA inside, or bare for full fine-tuning.
+        processor: saved beside every checkpoint.
+        data_collator: with condition dropout; evaluation uses the same without dropout.
+        instruction_weight: class weight of instruction tokens; callbacks may move it. The evaluation loss keeps this
+            one, so that its values can be compared.
+        answer_weight: weight of a word of an answer, where a code has 1.
+        kwargs: the Trainer's own.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: InstructionModel,
+        processor: JanusProcessor,
+        data_collator: Collator,
+        instruction_weight: float = 1.0,
+        answer_weight: float = 1.0,
+        **kwargs,
+    ):
+        super().__init__(model=model, data_collator=data_collator, **kwargs)
+        self.processor, self.vocabulary = processor, model.vocabulary
+        self.instruction_weight = self.eval_instruction_weight = instruction_weight
+        self.answer_weight = answer_weight
+        self.eval_collator = data_collator.without(Dropout)
+        self.train_accuracy = {name: MeanMetric().to(self.args.device) for name in ("accuracy", "answer_accuracy")}
+
+    @property
+    def weights_are_sharded(self) -> bool:
+        """Whether no process has the weights whole (FSDP, ZeRO-3), as editing, which is outside `forward`, needs."""
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3)
+
+    def create_accelerator_and_postprocess(self):
+        # accelerate shards over every kind of device but the CPU, where it would run DDP without a word.
+        state = PartialState._shared_state
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state["distributed_type"] == DistributedType.MULTI_CPU:
+            state["distributed_type"] = DistributedType.MULTI_XPU
+        super().create_accelerator_and_postprocess()
+
+    # ---- the loss ----------------------------------------------------------------------------------------------
+
+    def code_weights(self, inputs: dict, instruction_weight: float) -> torch.Tensor:
+        """Weight of each label, float32 (D, N); 0 where a position carries no loss."""
+        weights = self.vocabulary.weights(inputs["labels"], instruction_weight)
+        return weights * inputs["counted"] if "counted" in inputs else weights
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        """Sum of weights over all micro-batches and processes of one optimizer step."""
+        total = torch.zeros(())
+        for batch in batch_samples:
+            total = total + self.code_weights(batch, self.instruction_weight).sum()
+            total = total + self.answer_weight * len(batch.get("word_labels", ()))
+        return self.accelerator.gather(total.to(device)).sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a training step; evaluation has sums of its own, see `prediction_step`."""
+        scores = model(**_model_inputs(inputs))
+        nll, weights = scores.nll.flatten(), self.code_weights(inputs, self.instruction_weight).flatten()
+        if scores.word_nll is not None:
+            nll = torch.cat([nll, scores.word_nll])
+            weights = torch.cat([weights, torch.full_like(scores.word_nll, self.answer_weight)])
+        # Processes average their gradients; the sum of weights is already the global one.
+        loss = self.accelerator.num_processes * weighted_loss(nll, weights, num_items_in_batch)
+        with torch.no_grad():
+            self.measure("train", scores, inputs)
+        return (loss, scores) if return_outputs else loss
+
+    def measure(self, mode: str, scores: Scores, inputs: dict) -> None:
+        """Takes what is logged out of a batch's scores; `mode` is "train" or "eval". Methods add their own."""
+        if mode == "train":
+            right = (scores.predicted == inputs["labels"]).float()
+            self.train_accuracy["accuracy"].update(right, (self.code_weights(inputs, 1.0) > 0).float())
+            if scores.word is not None:
+                self.train_accuracy["answer_accuracy"].update((scores.word == inputs["word_labels"]).float())
+
+    # ---- evaluation --------------------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Adds the rows of all processes to the sums, without the duplicates that fill up the last batch."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            scores = model(**_model_inputs(inputs))
+            self.eval_sums += self.accelerator.gather_for_metrics(self._row_sums(scores, inputs)).sum(0)
+            self.measure("eval", scores, inputs)
+        return None, None, None
+
+    def _row_sums(self, scores: Scores, inputs: dict) -> torch.Tensor:
+        """Of each row (B, 6): weighted loss, weights, codes right and counted, words right and counted."""
+        weights = self.code_weights(inputs, self.eval_instruction_weight)
+        counted = (weights > 0).float()
+        right = (scores.predicted == inputs["labels"]).float() * counted
+        columns = torch.stack([scores.nll * weights, weights, right, counted], dim=-1).sum(1)
+        sums = columns.new_zeros(len(inputs["input_ids"]), 6)
+        sums[inputs["drawn_slots"] >= 0, :4] = columns
+        if scores.word_nll is not None:
+            right, one = (scores.word == inputs["word_labels"]).float(), torch.ones_like(scores.word_nll)
+            words = torch.stack([self.answer_weight * scores.word_nll, self.answer_weight * one, right, one], dim=-1)
+            sums[:, [0, 1, 4, 5]] = sums[:, [0, 1, 4, 5]].index_add(0, inputs["word_rows"], words)
+        return sums
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        training, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        self.eval_sums = torch.zeros(6, device=self.args.device)
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, weight, right, counted, words_right, words = self.eval_sums.tolist()
+        found = {"loss": loss / weight, **self.eval_metrics()}
+        if counted:
+            found.setdefault("accuracy", right / counted)
+        if words:
+            found["answer_accuracy"] = words_right / words
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def eval_metrics(self) -> dict[str, float]:
+        """What a method's `measure` found in the evaluation that ends here."""
+        return {}
+
+    def train_metrics(self) -> dict[str, float]:
+        """Since the last call; what was never seen is left out."""
+        values = {name: float(metric.compute()) for name, metric in self.train_accuracy.items()}
+        for metric in self.train_accuracy.values():
+            metric.reset()
+        return {name: value for name, value in values.items() if value == value}
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        super().log({**logs, **self.train_metrics()} if "loss" in logs else logs, *args, **kwargs)
+
+    # ---- saving ------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if not self.args.should_save:
+            return
+        directory = output_dir or self.args.output_dir
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(directory, state_dict=state_dict)
+        self.processor.save_pretrained(directory)
+        torch.save(self.args, f"{directory}/training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_finetune(self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _model_inputs(inputs: dict) -> dict:
+    """Without what only the loss reads."""
+    return {name: value for name, value in inputs.items() if name != "counted"}
