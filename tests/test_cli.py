@@ -180,6 +180,11 @@ def test_a_base_model_cannot_edit_and_has_no_other_base(base, capsys, caplog):
     assert "is a base model, not a fine-tune; leave out base=" in message
 
 
+def test_the_shipped_base_cannot_edit_and_says_what_can(capsys, caplog):
+    message = fails(capsys, caplog, "edit", "--model", "tiny", "--image", "a.png", "--instruction", "x")
+    assert "'tiny' is the base model that ships along" in message and "leave out --model" in message
+
+
 def test_a_fine_tune_that_is_incomplete_is_not_taken_for_a_base(golden, base, tmp_path, capsys, caplog):
     for name in ("adapter_config.json", "adapter_model.safetensors", "clear_meta.json"):
         (tmp_path / name).write_bytes((golden / "finetune" / name).read_bytes())

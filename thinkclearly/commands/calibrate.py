@@ -14,6 +14,7 @@ from thinkclearly.recipe import RecipeParser, option
 class CalibrateArguments(LoadArguments):
     """A fine-tune whose gate is fitted to held-out records."""
 
+    model: str = option("outputs/clear", "Folder of the fine-tune, where the result is written.")
     batch_size: int = option(16, "Pictures that are edited at once.")
 
 

@@ -24,8 +24,7 @@ class DecodeSettings:
     cfg_weight2: float = option(5.0, "Weight of the part row (no source codes) against the full row.")
     prefer: str = option(
         "balanced",
-        "Factorised only. edit: copy where unchanged is 10 times as likely as changed, so that edits have no holes; "
-        "exact: the other way round; balanced: the likelier.",
+        "edit: copy only where unchanged is 10 times as likely (no holes in edits); exact: the other way round.",
     )
     clear_bias: float = option(0.0, "Added to the calibrated log-odds of copying (joint: to the CLEAR logit).")
     temperature: float = option(1.0, "Sampling temperature of the codes; 0 decodes greedily.")

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields, replace
 import numpy as np
 import torch
 from PIL import Image
+from transformers import GenerationMixin
 
 from thinkclearly.decoding.engine import Decoded, decode
 from thinkclearly.decoding.settings import DecodeSettings
@@ -202,11 +203,14 @@ class Editor:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         with torch.random.fork_rng():  # the caller's random numbers are not ours to reset
             torch.manual_seed(seed)
-            ids = self.model.base.generate(
+            # Not Janus' own generate, which only adds warnings where words are asked for.
+            ids = GenerationMixin.generate(
+                self.model.base,
                 inputs_embeds=embed_prompt(self.model.base, rows, features),
                 attention_mask=rows.attention_mask,
                 max_new_tokens=max_new_tokens,
                 num_return_sequences=num_answers,
+                guidance_scale=1.0,  # none
                 eos_token_id=self.processor.eos_id,
                 bos_token_id=self.processor.bos_id,
                 pad_token_id=self.processor.eos_id,

@@ -6,6 +6,7 @@ Knows how pipelines take pictures and give results back; decoding and compositin
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,10 +27,10 @@ from thinkclearly.editing.settings import EditSettings
 from thinkclearly.images import load_image
 from thinkclearly.models.clear_head import ClearEditModel
 from thinkclearly.models.prompt import ClearEditProcessor
-from thinkclearly.training.adapters import load_clear_model
+from thinkclearly.training.adapters import SHIPPED, TINY_CLEAR, load_clear_model
 
 TASK = "clear-edit"
-DEFAULT_MODEL = Path(__file__).parents[1] / "tiny_clear"
+DEFAULT_MODEL = TINY_CLEAR
 _SETTINGS = {f.name for f in fields(EditSettings)}
 
 
@@ -257,6 +258,14 @@ def _item(item, prompt, index: int | None = None) -> dict:
     return {"image": item, "prompt": prompt, "index": index}
 
 
+def _say_it_plainly(record: logging.LogRecord) -> bool:
+    """transformers warns at length that no model was named; README's first lines name none."""
+    if str(DEFAULT_MODEL) in record.getMessage():
+        record.msg, record.args = "%s; name another with model=", (SHIPPED,)
+    return True
+
+
+logging.getLogger("transformers.pipelines").addFilter(_say_it_plainly)
 # See `on_import`: importing this module is registering.
 AutoConfig.register(DeepseekConfig.model_type, DeepseekConfig, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(

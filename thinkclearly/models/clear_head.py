@@ -53,6 +53,14 @@ class ClearConfig:
     edit: dict = field(default_factory=dict)
 
 
+class _ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero; it may have no rows, of which torch's own start warns."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class ClearEditModel(nn.Module):
     """Janus plus instruction logits.
 
@@ -70,8 +78,7 @@ class ClearEditModel(nn.Module):
         if codes != config.codebook_size:
             raise ValueError(f"The CLEAR head is for {config.codebook_size} codes, the base model has {codes}")
         # float32 whatever the base runs in: a single logit decides between copying and painting.
-        self.clear_head = nn.Linear(self.base.config.text_config.hidden_size, len(self.vocabulary))
-        nn.init.zeros_(self.clear_head.weight)
+        self.clear_head = _ZeroLinear(self.base.config.text_config.hidden_size, len(self.vocabulary))
         # One against K equally likely codes would start far too rare.
         nn.init.constant_(self.clear_head.bias, math.log(config.codebook_size) / 2)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 
-from thinkclearly.models.backbone import Backbone, base_hash, codebook_hash, load_backbone
+from thinkclearly.models.backbone import TINY, Backbone, base_hash, codebook_hash, load_backbone
 from thinkclearly.models.checkpoint import load_janus, resolve
 from thinkclearly.models.clear_head import CONFIG_FILE, ClearConfig, ClearEditModel, read_clear_config
 from thinkclearly.models.config_files import read_json
@@ -17,6 +20,9 @@ from thinkclearly.models.prompt import ClearEditProcessor
 from thinkclearly.models.weight_files import read_tensors
 
 logger = logging.getLogger(__name__)
+
+TINY_CLEAR = TINY.parent / "tiny_clear"  # the fine-tune that ships along
+SHIPPED = "Using the tiny model that ships along (64-pixel pictures, drawn shapes)"
 
 # Full names: bare suffixes would also match SigLIP's q_proj, k_proj and v_proj.
 LORA_TARGETS = (
@@ -32,7 +38,8 @@ def add_lora(backbone: Backbone, base_name: str, config: ClearConfig, **lora) ->
         base_name: written into the adapter's configuration, so that PEFT finds the base again.
         lora: fields of `peft.LoraConfig` (`r`, `lora_alpha`, `lora_dropout`, `use_dora`, `use_rslora`, …).
     """
-    janus = get_peft_model(backbone.model, LoraConfig(target_modules=LORA_TARGETS, **lora))
+    with _no_old_name():
+        janus = get_peft_model(backbone.model, LoraConfig(target_modules=LORA_TARGETS, **lora))
     janus.peft_config["default"].base_model_name_or_path = base_name
     return ClearEditModel(janus, config)
 
@@ -81,12 +88,19 @@ def load_clear_model(
     Raises:
         FileNotFoundError, ValueError: the CLEAR head is missing or belongs to another base; never random weights.
     """
+    if str(name_or_path) == "tiny":
+        raise ValueError(
+            "'tiny' is the base model that ships along: it has no CLEAR head, so it cannot edit. For its fine-tune "
+            "leave out --model (in Python: pipeline('clear-edit')); for another give the folder that "
+            "`thinkclearly train` wrote or a Hub id."
+        )
     directory = resolve(name_or_path, revision, token)
     if is_original_finetune(directory):
         lora, state, weight, bias = read_original_finetune(directory)
         backbone = _load_base_of(lora, base, directory, token=token, **kwargs)
         check_original_base(directory, backbone.model)
-        janus = PeftModel(backbone.model, lora)
+        with _no_old_name():
+            janus = PeftModel(backbone.model, lora)
         _load_lora(janus, state, directory)
         model = ClearEditModel(janus, ClearConfig(backbone.model.config.vq_config.num_embeddings))
         model.set_head(weight, bias, where=directory / "gen_head_clear.pt")
@@ -104,7 +118,8 @@ def load_clear_model(
         state = _read_adapter(directory)
         lora = _read_lora_config(directory, state)
         backbone = _load_base_of(lora, base, directory, token=token, **kwargs)
-        janus = PeftModel(backbone.model, lora)
+        with _no_old_name():
+            janus = PeftModel(backbone.model, lora)
         # Not PeftModel.from_pretrained: it leaves layers that the file does not have at random, without a word.
         _load_lora(janus, state, directory)
         model = ClearEditModel(janus, config)
@@ -130,6 +145,14 @@ def load_base(name_or_path: str, **kwargs) -> tuple[ClearEditModel, ClearEditPro
     backbone = load_backbone(name_or_path, **kwargs)
     codes = backbone.model.config.vq_config.num_embeddings
     return _ready(ClearEditModel(backbone.model, ClearConfig(codes, instructions=[])), backbone), backbone.processor
+
+
+@contextmanager
+def _no_old_name() -> Iterator[None]:
+    """PEFT asks for an attribute by a name that transformers 5 deprecates; nobody here can change that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _ready(model: ClearEditModel, backbone: Backbone, merge: bool = False) -> ClearEditModel:
