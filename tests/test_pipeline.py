@@ -113,7 +113,7 @@ def test_a_url_is_read_like_a_file(edit, golden, names):
 
 def test_without_the_package_the_repository_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "thinkclearly.hub.pipeline", None)
-    with pytest.raises(ImportError, match="pip install thinkclearly"):
+    with pytest.raises(ImportError, match="`pip install .` in a checkout"):
         runpy.run_path(str(Path(thinkclearly.__file__).parent / "hub" / "remote_pipeline.py"))
 
 
