@@ -18,7 +18,7 @@ from thinkclearly.recipe import DTYPES, LEFT_OUT, check_choice, option
 _NOT_SHARED = (
     *("output_dir", "prepared_dir", "prepare_workers", "run_name", "resume_from_checkpoint", "dry_run"),
     *("use_cpu", "do_eval", "disable_tqdm", "local_rank", "project", "trackio_space_id", "trackio_bucket_id"),
-    *("trackio_static_space_id", "include_num_input_tokens_seen", "share_samples"),
+    *("trackio_static_space_id", "include_num_input_tokens_seen", "share_samples", "overwrite_output_dir"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
 )
 _PATHS = ("base_model", "path", "photos_folder")
@@ -192,6 +192,9 @@ class ClearTrainingArguments(TrainingArguments):
     share_samples: bool | None = option(
         None, "push_to_hub: share the sample edits, too; if not given, only those of public data."
     )
+    overwrite_output_dir: bool = option(
+        False, "Start over: first remove the checkpoints and results that an earlier run left in output_dir."
+    )
     dry_run: bool = option(False, "Print the memory that the run will need, component by component, and stop.")
 
     def __post_init__(self):
@@ -199,6 +202,8 @@ class ClearTrainingArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.report_to = self.report_to or "none"
         super().__post_init__()
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise ValueError("overwrite_output_dir starts over, resume_from_checkpoint goes on; give one of them")
         for tracker in set(self.report_to) & {"tensorboard", "trackio", "wandb"}:
             if find_spec(tracker) is None:
                 raise ValueError(f"report_to={tracker}: not installed; pip install 'thinkclearly[{tracker}]'")

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     data.prepared_dir = str(output / "prepared")
     seconds = {}
     started = time.perf_counter()
-    trainer = jobs.train(model, lora, data, clear, training, overrides)
+    history = jobs.train(model, lora, data, clear, training, overrides)
     seconds["prepare and train"] = time.perf_counter() - started
 
     # What is measured is what was saved, read back as a user would.
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         output,
         reports,
         tables,
-        trainer.state.log_history,
+        history,
         "ThinkClearly demo",
         notes=_notes(held_out, seconds),
         gate=(held_out.log_odds, held_out.unchanged),

@@ -53,18 +53,14 @@ def train_fully(backbone: Backbone, config: ClearConfig) -> ClearEditModel:
 
 
 def load_finetune(model: ClearEditModel, directory: str | Path) -> None:
-    """Puts the adapter and CLEAR head of `directory` into a model of the same shape (resuming)."""
+    """Puts adapter, CLEAR head and class weight of `directory` into a model of the same shape (resuming)."""
     directory = Path(directory)
     if isinstance(model.janus, PeftModel):
         _load_lora(model.janus, _read_adapter(directory), directory)
     else:
         model.janus.load_state_dict(load_janus(str(directory)).state_dict())
     model.load_head(directory)
-    saved = read_clear_config(directory)
-    for name, value in vars(saved).items():
-        setattr(model.clear_config, name, value)
-    # Fitted to the weights as they are now, which will change.
-    model.clear_config.gate_bias, model.clear_config.gate_temperature = 0.0, 1.0
+    model.clear_config.clear_weight = read_clear_config(directory).clear_weight
 
 
 def load_clear_model(

@@ -210,5 +210,10 @@ class ClearEditTrainer(ResumableTrainer):
         load_finetune(model, resume_from_checkpoint)
         self.clear_weight = model.clear_config.clear_weight
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:  # here for DeepSpeed, which loads the model's weights by itself
+            self.clear_weight = read_clear_config(checkpoint).clear_weight
+
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
