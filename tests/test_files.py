@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from thinkclearly.files import replacing, write_json, write_text
+from thinkclearly.files import A_DAY, new_folder, replacing, write_json, write_text
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):
@@ -29,6 +31,28 @@ def test_threads_that_write_the_same_file_do_not_meet(tmp_path):
         list(pool.map(lambda i: write_text(tmp_path / "file.txt", f"{i}\n" * 1000), range(200)))
     lines = (tmp_path / "file.txt").read_text().splitlines()
     assert len(lines) == 1000 and len(set(lines)) == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_is_whole_and_the_first_of_two_counts(tmp_path):
+    with new_folder(tmp_path / "a") as slow:
+        (slow / "file.txt").write_text("slow")
+        with new_folder(tmp_path / "a") as fast:
+            (fast / "file.txt").write_text("fast")
+            assert not (tmp_path / "a").exists()
+        assert [path.name for path in (tmp_path / "a").iterdir()] == ["file.txt"]
+    with pytest.raises(KeyError), new_folder(tmp_path / "b") as temporary:
+        (temporary / "file.txt").write_text("half")
+        raise KeyError
+    assert (tmp_path / "a" / "file.txt").read_text() == "fast" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_killed_processes_left_goes_but_not_what_others_write_now(tmp_path):
+    for name, age in (("old", 2 * A_DAY), ("new", 60)):
+        (tmp_path / f".a.{name}.tmp").mkdir()
+        os.utime(tmp_path / f".a.{name}.tmp", (time.time() - age,) * 2)
+    with new_folder(tmp_path / "a"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.new.tmp", "a"]
 
 
 def test_json_has_no_infinity(tmp_path):

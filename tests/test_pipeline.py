@@ -1,10 +1,13 @@
 """pipeline("clear-edit") behaves like any other pipeline, and edits as the editor does."""
 
 import runpy
+import struct
 import sys
 import threading
+import zlib
+from contextlib import suppress
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +112,45 @@ def test_a_url_is_read_like_a_file(edit, golden, names):
             edit(f"{url}/none.png", prompt="Night.")
         server.shutdown()
     assert tokens([found]) == tokens([edit(names[0], prompt="Night.", seed=1)])
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Never stops sending; at `/bomb.png` a short picture that says it is 20,000 x 20,000 pixels."""
+
+    sent = 0
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        if self.path == "/bomb.png":
+            chunks = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0), b"IDAT"
+            parts = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+            self.wfile.write(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+            return
+        with suppress(ConnectionError):
+            while True:
+                Endless.sent += self.wfile.write(bytes(2**16))
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_url_gives_no_more_than_a_picture(edit, monkeypatch):
+    monkeypatch.setattr("thinkclearly.hub.pipeline.MAX_DOWNLOAD", 2**20)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(
+            ValueError, match="Item 1: .*endless.png cannot be read: it is larger than 1,048,576 bytes"
+        ):
+            edit(
+                [{"image": Image.new("RGB", (32, 32)), "prompt": "a"}, {"image": f"{url}/endless.png", "prompt": "a"}]
+            )
+        with pytest.raises(ValueError, match="20000x20000|more than .* pixels"):
+            edit(f"{url}/bomb.png", prompt="Night.")
+        server.shutdown()
+    assert Endless.sent < 2**25  # what was on its way when the connection was closed
 
 
 def test_without_the_package_the_repository_says_what_is_missing(monkeypatch):

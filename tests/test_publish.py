@@ -246,18 +246,19 @@ def test_the_recipe_repeats_the_run_whatever_its_options(values, tmp_path, monke
         assert name not in chosen or expected[name] != default or name == "source", f"{name}: try another value"
 
 
-def test_the_recipe_names_no_path_of_this_machine_and_asks_for_what_it_left_out(tmp_path, capsys):
-    argv = ["--base_model", str(tmp_path), "--output_dir", str(tmp_path), "--source", "jsonl"]
-    argv += ["--path", str(tmp_path / "a.jsonl"), "--photos_folder", str(tmp_path), "--hub_token", "hf_of_you"]
+@pytest.mark.parametrize(("source", "place"), [("jsonl", "path"), ("shapes", "photos_folder")])
+def test_the_recipe_names_no_path_of_this_machine_and_asks_for_what_it_left_out(source, place, tmp_path, capsys):
+    argv = ["--base_model", str(tmp_path), "--output_dir", str(tmp_path), "--source", source]
+    argv += [f"--{place}", str(tmp_path / "data"), "--hub_token", "hf_of_you"]
     recipe = effective_recipe(*RecipeParser(TRAIN_OPTIONS).parse(argv))
     assert str(tmp_path) not in str(recipe) and "hub" not in str(recipe)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(SystemExit):
         RecipeParser(TRAIN_OPTIONS, prog="thinkclearly train").parse([str(tmp_path / "recipe.yaml")])
     assert "required: --base_model" in capsys.readouterr().err
-    given = ["--base_model", "you/base", "--path", "b.jsonl", "--photos_folder", "photos"]
+    given = ["--base_model", "you/base", f"--{place}", "mine"]
     model, _, data, *_ = RecipeParser(TRAIN_OPTIONS).parse([str(tmp_path / "recipe.yaml"), *given])
-    assert (model.base_model, data.path, data.photos_folder) == ("you/base", "b.jsonl", "photos")
+    assert (model.base_model, getattr(data, place)) == ("you/base", "mine")
 
 
 # ---- the same edits in other forms -------------------------------------------------------------------------------

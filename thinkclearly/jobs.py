@@ -31,7 +31,7 @@ from thinkclearly.config import (
 from thinkclearly.data import sources
 from thinkclearly.data.collator import EditCollator
 from thinkclearly.data.features import cache_features
-from thinkclearly.data.shapes import packaged_photos, random_edit
+from thinkclearly.data.shapes import random_edit
 from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.settings import SettingOverrides, given
 from thinkclearly.evaluation.calibration import calibrate
@@ -201,17 +201,20 @@ def train(
         raise SystemExit(128 + signal.SIGTERM)
     if alarm.step is not None:
         raise ValueError(f"The loss collapsed at step {alarm.step}; nothing is saved or pushed beyond the checkpoints")
-    _finish(trainer, data, clear, result.metrics | speed.metrics(training))
+    _finish(trainer, data, data_args.calibration_edits > 0, result.metrics | speed.metrics(training))
     return trainer.state.log_history
 
 
-def _finish(trainer: PublishingTrainer, data: PreparedData, clear: ClearArguments, metrics: dict[str, float]) -> None:
+def _finish(
+    trainer: PublishingTrainer, data: PreparedData, wants_calibration: bool, metrics: dict[str, float]
+) -> None:
     """Saves what was trained, calibrates, evaluates and pushes it; `RUN_FILE` says at last that all is there."""
     output = Path(trainer.args.output_dir)
     trainer.save_model(_internal_call=True)  # what is pushed is the end, with its metrics
     if trainer.is_world_process_zero():
         write_text(output / RECIPE_FILE, trainer.run_files[RECIPE_FILE])
-    metrics |= calibrate_model(trainer, data.test, clear.calibration_edits)
+    if wants_calibration:
+        metrics |= calibrate_model(trainer, data.calibration)
     if data.test is not None:
         metrics |= trainer.evaluate()
     trainer.log_metrics("all", metrics)
@@ -235,10 +238,8 @@ def has_pictures(rows: Dataset | None) -> bool:
     return rows is not None and "source" in rows.column_names
 
 
-def calibrate_model(trainer: ClearEditTrainer, rows: Dataset | None, count: int) -> dict[str, float]:
-    """Calibrates what was trained and saved on `count` held-out records, in the first process; what came of it."""
-    if not count:
-        return {}
+def calibrate_model(trainer: ClearEditTrainer, rows: Dataset | None) -> dict[str, float]:
+    """Calibrates what was trained and saved on records held out for that, in the first process; what came of it."""
     if trainer.weights_are_sharded or not has_pictures(rows):
         why = "its weights are sharded" if trainer.weights_are_sharded else "no held-out records with pictures"
         logger.warning("The gate stays uncalibrated: %s; `thinkclearly calibrate` does it later", why)
@@ -247,9 +248,8 @@ def calibrate_model(trainer: ClearEditTrainer, rows: Dataset | None, count: int)
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
         model.clear_config.clear_weight = trainer.clear_weight
-        chosen = rows.select(range(min(count, len(rows))))
         try:
-            found = calibrate(Editor(model, trainer.processor), chosen, trainer.args.per_device_eval_batch_size)
+            found = calibrate(Editor(model, trainer.processor), rows, trainer.args.per_device_eval_batch_size)
             write_clear_config(model.clear_config, trainer.args.output_dir)
         except (ValueError, torch.OutOfMemoryError) as error:  # nothing to fit; `thinkclearly calibrate` does it later
             logger.warning("The gate stays uncalibrated: %s", error)
@@ -302,12 +302,12 @@ def draw_samples(model, processor, rows: Dataset) -> Image.Image:
 
 
 def judge_shapes(photos_folder: str | None = None):
-    """A judge for the built-in shapes: (key, picture) → whether the edit that the key names is done."""
-    photos = sources.pictures_in(photos_folder) if photos_folder else packaged_photos("test")
+    """A judge for the built-in shapes of "test": (key, picture) → whether the edit that the key names is done."""
+    photos = tuple(sources.photos_of("test", photos_folder))
 
     def judge(key: str, picture: Image.Image) -> bool:
         seed, number = map(int, re.fullmatch(r"shapes\[(\d+):(\d+)\]", key).groups())
-        return random_edit(seed, number, tuple(photos)).is_done(picture)
+        return random_edit(seed, number, photos).is_done(picture)
 
     return judge
 

@@ -22,7 +22,7 @@ from thinkclearly.bench.measure import copy_bandwidth, interleaved, summary, wei
 from thinkclearly.bench.scripted import SHARES, SIZES, SMALL_TOWERS, random_model
 from thinkclearly.bench.tables import render
 from thinkclearly.data.shapes import packaged_photos, random_edit
-from thinkclearly.data.sources import TEST_OFFSET
+from thinkclearly.data.sources import OFFSETS
 from thinkclearly.editing.editor import Editor
 from thinkclearly.files import write_json, write_text
 from thinkclearly.models.quantization import quantization
@@ -98,7 +98,7 @@ def _setup(arguments: BenchArguments) -> dict:
 def tiny_case(name: str, arguments: BenchArguments, device: torch.device, tick: Callable[[], None]) -> dict:
     """The shipped fine-tune on held-out edits over photographs that training never saw."""
     editor = load_editor(str(TINY_CLEAR), device=device)
-    scenes = [random_edit(SEED, TEST_OFFSET + i, packaged_photos("test")) for i in range(arguments.edits)]
+    scenes = [random_edit(SEED, OFFSETS["test"] + i, packaged_photos("test")) for i in range(arguments.edits)]
     edits = [(scene.render(editor.processor.image_size)[0], scene.instruction) for scene in scenes]
     prompts = [scene.before.caption() for scene in scenes[:4]]
     runs = interleaved(cases.edit_rows(editor, edits), arguments.rounds, tick)

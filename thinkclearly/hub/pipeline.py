@@ -24,14 +24,28 @@ from transformers.utils import ModelOutput
 from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.result import EditResult
 from thinkclearly.editing.settings import EditSettings
-from thinkclearly.images import load_image
+from thinkclearly.images import ImageError, load_image
 from thinkclearly.models.clear_head import ClearEditModel
 from thinkclearly.models.prompt import ClearEditProcessor
 from thinkclearly.training.adapters import SHIPPED, TINY_CLEAR, load_clear_model
 
 TASK = "clear-edit"
 DEFAULT_MODEL = TINY_CLEAR
+MAX_DOWNLOAD = 100_000_000  # bytes of a picture behind a URL
 _SETTINGS = {f.name for f in fields(EditSettings)}
+
+
+def _download(url: str) -> bytearray:
+    """The encoded picture behind a URL. Raises `ImageError` where it goes on beyond `MAX_DOWNLOAD`."""
+    content = bytearray()
+    # Not compressed: a short answer could unpack to a very long one.
+    options = {"headers": {"Accept-Encoding": "identity"}, "timeout": 30, "follow_redirects": True}
+    with get_session().stream("GET", url, **options) as response:
+        for part in response.raise_for_status().iter_bytes():
+            content += part
+            if len(content) > MAX_DOWNLOAD:
+                raise ImageError(f"it is larger than {MAX_DOWNLOAD:,} bytes; shrink the picture, or give a file")
+    return content
 
 
 @dataclass
@@ -163,8 +177,8 @@ class ClearEditPipeline(Pipeline):
             raise ValueError(f"{name} has the prompt {prompt!r}; say what to change, e.g. 'Make the scarf blue.'")
         if isinstance(image, str) and image.startswith(("http://", "https://")):
             try:
-                image = get_session().get(image, timeout=30, follow_redirects=True).raise_for_status().content
-            except httpx.HTTPError as error:
+                image = _download(image)
+            except (httpx.HTTPError, httpx.InvalidURL, ImageError) as error:
                 raise ValueError(f"{name}: {image} cannot be read: {error}") from error
         return {"image": load_image(image, name=name), "prompt": prompt}
 
