@@ -27,13 +27,6 @@ def layers_of(janus):
     return janus.config.text_config.num_hidden_layers
 
 
-@pytest.fixture(params=["base", "finetune"])
-def load(request, golden):
-    if request.param == "base":
-        return lambda: load_base(golden / "checkpoint")
-    return lambda: load_clear_model(golden / "finetune", base=golden / "checkpoint")
-
-
 @pytest.fixture
 def native(golden, tmp_path):
     """The golden base in transformers' layout."""
@@ -44,16 +37,22 @@ def native(golden, tmp_path):
 
 
 def everything(editor, golden):
-    """Edits of a batch with several samples (which finish at different times), a drawing, an answer."""
+    """Edits with several samples, which finish at different times, a drawing and an answer."""
     picture = golden / "images" / "landscape.png"
-    edits = editor.edit_many([picture] * 2, ["Night.", "Make the circle blue."], num_images=2, seed=1)
-    drawn = editor.generate("a red circle", num_images=2)
-    answer = editor.describe(picture, "What is it?", max_new_tokens=6)
-    return [(e.ids.tolist(), e.tokens.tolist(), e.image.tobytes(), e.raw.tobytes()) for e in edits], drawn, answer
+    edits = editor.edit_many([picture], ["Night."], num_images=3, seed=1, clear_bias=3.0)
+    drawn = editor.generate("a red circle", temperature=0, use_cfg=False)
+    answer = editor.describe(picture, "What is it?", max_new_tokens=3)
+    return [(edit.ids.tolist(), edit.tokens.tolist(), edit.image.tobytes()) for edit in edits], drawn, answer
 
 
-@pytest.mark.parametrize(("home", "away"), [("cpu", "cpu:1"), ("cpu:1", "cpu:2")])
-def test_a_model_over_two_devices_decodes_as_on_one(load, golden, home, away):
+@pytest.mark.parametrize(
+    ("kind", "home", "away"), [("base", "cpu", "cpu:1"), ("finetune", "cpu:1", "cpu:2")], ids=["base", "finetune"]
+)
+def test_a_model_over_two_devices_decodes_as_on_one(golden, kind, home, away):
+    def load():
+        base = golden / "checkpoint"
+        return load_base(base) if kind == "base" else load_clear_model(golden / "finetune", base=base)
+
     expected = everything(Editor(*load()), golden)
     model, processor = load()
     with pretended_devices():
