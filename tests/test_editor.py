@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from janus_reference import between, t2i_keys, t2i_text
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from thinkclearly.editing.batch import edit_items
 from thinkclearly.editing.editor import Editor
+from thinkclearly.editing.session import EditSession
 from thinkclearly.editing.settings import EditSettings
 from thinkclearly.training.adapters import load_base, load_clear_model
 
@@ -280,6 +283,40 @@ def test_answers_can_be_drawn(base_editor, pictures):
         base_editor.describe(pictures[0], "What is it?", num_answers=3)
     with pytest.raises(ValueError, match="top_p=2"):
         base_editor.describe(pictures[0], "What is it?", temperature=1.0, top_p=2)
+
+
+def test_two_threads_edit_with_one_model(golden, pictures, bias):
+    """Attention that one thread switches back would make the other's blocks see what they should not."""
+    editor = Editor(*load_clear_model(golden / "finetune", base=golden / "checkpoint", attn_implementation="eager"))
+    jobs = [(picture, {"seed": seed, "clear_bias": bias}) for seed in range(2) for picture in pictures]
+    question = {"temperature": 1.0, "max_new_tokens": 8, "seed": 5}
+    edits = [editor.edit(picture, "Night.", **options).ids for picture, options in jobs]
+    answers = [editor.describe(picture, "What is it?", **question) for picture, _ in jobs]
+    state = torch.get_rng_state()
+    with ThreadPoolExecutor(3) as threads:
+        editing = [threads.submit(editor.edit, picture, "Night.", **options) for picture, options in jobs]
+        asking = [threads.submit(editor.describe, picture, "What is it?", **question) for picture, _ in jobs]
+        assert all(torch.equal(job.result().ids, ids) for job, ids in zip(editing, edits, strict=True))
+        assert [job.result() for job in asking] == answers
+    assert torch.equal(torch.get_rng_state(), state)
+    assert editor.model.base.model.language_model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.0, True, None, "1"], ids=str)
+def test_a_seed_that_cannot_key_noise_is_refused_wherever_one_enters(editor, pictures, tmp_path, seed):
+    message = rf"seed={seed!r}; expected a whole number from 0 to"
+    session = EditSession(editor, pictures[0])
+    for call in (
+        lambda: editor.edit(pictures[0], "Night.", seed=seed, temperature=0),
+        lambda: editor.edit_many(pictures[:1], ["Night."], seed=seed),
+        lambda: editor.generate("a red circle", seed=seed),
+        lambda: editor.describe(pictures[0], "What is it?", seed=seed),
+        lambda: session.edit("Night.", seed=seed),
+        lambda: edit_items(editor, [], tmp_path / "out", run={}, seed=seed),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not (tmp_path / "out").exists() and not session.history
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 
 from thinkclearly.commands.loading import LoadArguments, load_any
+from thinkclearly.decoding.settings import check_seed
 from thinkclearly.recipe import RecipeParser, option
 
 
@@ -22,6 +23,10 @@ class DescribeArguments(LoadArguments):
     top_k: int = option(0, "Sample from the k best words; 0 for all.")
     top_p: float = option(1.0, "Sample from the smallest set of words with this probability mass.")
     seed: int = option(0, "Seed of the sampling.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_seed(self.seed)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thinkclearly.commands.loading import Bar, LoadArguments, load_finetune, weights
+from thinkclearly.decoding.settings import check_seed
 from thinkclearly.editing.settings import SettingOverrides, given
 from thinkclearly.recipe import RecipeParser, check_choice, option
 
@@ -33,6 +34,7 @@ class EditArguments(LoadArguments):
     def __post_init__(self):
         super().__post_init__()
         check_choice("on_bad_record", self.on_bad_record, ("error", "skip"))
+        check_seed(self.seed)
         if (self.image is None) == (self.input is None):
             raise ValueError("give either --image, one picture, or --input, a folder, .jsonl file or data set")
         if self.image is not None and self.instruction is None:

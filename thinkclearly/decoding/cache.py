@@ -5,26 +5,44 @@ Knows nothing of pictures or acceptance: it is told where the next tokens of eac
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 
 import torch
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+_LOCK = threading.Lock()
+_SWITCHED: dict[int, tuple[str, int]] = {}  # id of a config → its own implementation, how many are inside
+
 
 @contextmanager
 def masked_attention(language_model: PreTrainedModel):
-    """With sdpa, which takes any mask: flash attention knows causal ones only, eager would add ours as numbers."""
+    """With sdpa, which takes any mask: flash attention knows causal ones only, eager would add ours as numbers.
+
+    The setting belongs to the model, which several threads may use: the first one in switches, the last one out
+    switches back. Whatever else runs the model meanwhile has to be inside as well.
+    """
     config = language_model.config
-    implementation, config._attn_implementation = config._attn_implementation, "sdpa"
+    with _LOCK:
+        own, inside = _SWITCHED.get(id(config), (config._attn_implementation, 0))
+        _SWITCHED[id(config)] = own, inside + 1
+        config._attn_implementation = "sdpa"
     try:
         yield
     finally:
-        config._attn_implementation = implementation
+        with _LOCK:
+            own, inside = _SWITCHED.pop(id(config))
+            if inside > 1:
+                _SWITCHED[id(config)] = own, inside - 1
+            else:
+                config._attn_implementation = own
 
 
 class BlockCache(Cache):
     """Static keys and values; each row writes where it stands, so that taking tokens back costs nothing.
+
+    A layer's keys and values lie where the layer computes; masks and columns come from the device of `attention_mask`.
 
     Args:
         layers: number of layers of the language model.
@@ -52,7 +70,8 @@ class BlockCache(Cache):
         """Goes on with these rows, in this order: bool (R,) or long, where a row may come several times."""
         self.visible = self.visible[rows]
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            here = rows.to(layer.keys.device)
+            layer.keys, layer.values = layer.keys[here], layer.values[here]
             layer.rows = torch.arange(layer.keys.shape[0], device=layer.keys.device).unsqueeze(1)
 
 
@@ -74,8 +93,9 @@ class _BlockLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys[self.rows, :, self.columns] = key_states.transpose(1, 2)
-        self.values[self.rows, :, self.columns] = value_states.transpose(1, 2)
+        columns = self.columns.to(key_states.device)
+        self.keys[self.rows, :, columns] = key_states.transpose(1, 2)
+        self.values[self.rows, :, columns] = value_states.transpose(1, 2)
         return self.keys[:, :, : self.end], self.values[:, :, : self.end]
 
     def get_seq_length(self) -> int:

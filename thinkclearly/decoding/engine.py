@@ -71,7 +71,8 @@ def decode(
     """Decodes S samples of P prompts with R guidance rows each.
 
     Args:
-        embeds: (P·R, L, H), the rows of a prompt next to each other: full, part, uncond.
+        embeds: (P·R, L, H), the rows of a prompt next to each other: full, part, uncond. All tensors are on its
+            device, and so are the results; the parts of the model may lie on others.
         attention_mask: long (P·R, L), 0 on left padding.
         source_tokens: long (S, N), the draft; needed where the model may copy. Without it instructions are never
             chosen.
@@ -84,7 +85,7 @@ def decode(
     device, last = embeds.device, embeds.shape[1] - 1
     row, longest = math.isqrt(num_tokens), min(settings.block or MAX_BLOCK, num_tokens)
     room = num_tokens + longest  # a block may reach beyond the end
-    choose = _Chooser(model, settings, rows, samples, source_tokens, room)
+    choose = _Chooser(model, settings, rows, samples, source_tokens, room, device)
     cache = BlockCache(model.config.text_config.num_hidden_layers, attention_mask, last + 1 + room)
     places = positions(F.pad(attention_mask, (0, room), value=1))
     # Final up to `done`, a draft beyond: the source or what stands above, then what the last pass over it computed.
@@ -112,16 +113,20 @@ def decode(
         else:  # the prompt with the first block
             fed = draft[::per_prompt, :-1]
             columns = torch.arange(last + length, device=device).expand(count // per_prompt, -1)
-        fed = token_embeddings(model.base, fed.repeat_interleave(rows, dim=0)).to(embeds.dtype)
+        fed = token_embeddings(model.base, fed.repeat_interleave(rows, dim=0)).to(embeds)
         columns = columns.repeat_interleave(rows, dim=0)
         with masked_attention(language_model):
-            hidden = language_model(
-                inputs_embeds=fed if accepted else torch.cat([embeds, fed], dim=1),
-                attention_mask=cache.step(columns, end=last + max(starts) + length),
-                position_ids=places.gather(1, columns),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -length:]
+            hidden = (
+                language_model(
+                    inputs_embeds=fed if accepted else torch.cat([embeds, fed], dim=1),
+                    attention_mask=cache.step(columns, end=last + max(starts) + length),
+                    position_ids=places.gather(1, columns),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                .last_hidden_state[:, -length:]
+                .to(device)
+            )
         if not accepted and per_prompt > 1:
             spread = torch.arange(embeds.shape[0], device=device).view(-1, rows)
             spread = spread.repeat_interleave(per_prompt, dim=0).flatten()
@@ -173,7 +178,7 @@ def _next_length(fresh: list[int], shortest: int, longest: int) -> int:
 class _Chooser:
     """From hidden states of all rows to one class, token and code at each position of a block."""
 
-    def __init__(self, model: ClearEditModel, settings: DecodeSettings, rows: int, samples, source_tokens, room: int):
+    def __init__(self, model: ClearEditModel, settings: DecodeSettings, rows, samples, source_tokens, room, device):
         self.model, self.settings, self.rows = model, settings, rows
         self.weights = row_weights(rows, settings.cfg_weight, settings.cfg_weight2)
         self.filters = warpers(settings.temperature, settings.top_k, settings.top_p)
@@ -183,13 +188,13 @@ class _Chooser:
         self.noise = None
         if settings.temperature > 0:
             noise = [gumbel_noise(*key, room, model.vocabulary.num_classes) for key in samples]
-            self.noise = torch.stack(noise).to(model.device)
+            self.noise = torch.stack(noise).to(device)
 
     def __call__(self, hidden: torch.Tensor, live: torch.Tensor, index: torch.Tensor):
         """Hidden states (A·R, B, H) of samples (A, 1) at positions (A, B) to ids, tokens, codes, gate and scores."""
         settings, codebook = self.settings, self.model.vocabulary.codebook_size
         count, length = index.shape
-        logits = self.model.logits(hidden).view(count, self.rows, length, -1)
+        logits = self.model.logits(hidden).to(index.device).view(count, self.rows, length, -1)
         # Positions are drawn independently of each other: they count as samples here.
         guided = guide(logits, self.weights).flatten(0, 1)
         noise = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 from thinkclearly.recipe import option
@@ -55,3 +56,9 @@ class DecodeSettings:
             raise ValueError(f"top_k={self.top_k}; expected 0 (all) or the number of codes to keep")
         if self.block < 0:
             raise ValueError(f"block={self.block}; expected 0 (adaptive), 1 (one by one) or a number of positions")
+
+
+def check_seed(seed) -> None:
+    """Raises `ValueError` for a seed that cannot key noise, before anything is computed with it."""
+    if type(seed) is bool or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed!r}; expected a whole number from 0 to 2**64 - 1, which gives the same each time")

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from thinkclearly.data.magicbrush import COLUMNS, load_table
 from thinkclearly.data.sources import BadRecord, inside, pictures_in
+from thinkclearly.decoding.settings import check_seed
 from thinkclearly.editing.editor import Editor
 from thinkclearly.files import replacing, write_json
 from thinkclearly.images import ImageError, load_image
@@ -110,6 +111,7 @@ def edit_items(
         BadRecord: an item without instruction or with a picture that cannot be read; the message names it.
         ValueError: `output_dir` belongs to another run.
     """
+    check_seed(seed)
     output_dir, state = Path(output_dir), PartialState()
     if state.is_main_process:
         _claim(output_dir, run)

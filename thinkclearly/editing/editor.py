@@ -5,8 +5,10 @@ The one place where preprocessing, decoding and compositing meet. Knows nothing 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 
 import numpy as np
@@ -14,8 +16,9 @@ import torch
 from PIL import Image
 from transformers import GenerationMixin
 
+from thinkclearly.decoding.cache import masked_attention
 from thinkclearly.decoding.engine import Decoded, decode
-from thinkclearly.decoding.settings import DecodeSettings
+from thinkclearly.decoding.settings import DecodeSettings, check_seed
 from thinkclearly.editing.composite import composite, smooth_mask
 from thinkclearly.editing.result import EditResult
 from thinkclearly.editing.settings import EditSettings
@@ -23,6 +26,8 @@ from thinkclearly.images import Letterbox, load_image, to_image
 from thinkclearly.models.backbone import decode_tokens, embed_prompt, encode_tokens, image_features
 from thinkclearly.models.clear_head import ClearEditModel
 from thinkclearly.models.prompt import FULL, PART, UNCOND, ClearEditProcessor
+
+_RANDOM = threading.Lock()
 
 
 class Editor:
@@ -73,6 +78,7 @@ class Editor:
         if len(images) != len(instructions) or not images:
             raise ValueError(f"{len(images)} pictures and {len(instructions)} instructions; give one for each picture")
         _check_count("num_images", num_images)
+        check_seed(seed)
         for i, instruction in enumerate(instructions):
             if not instruction or not instruction.strip():
                 raise ValueError(f"Item {i} has an empty instruction; say what to change, e.g. 'Make the scarf blue.'")
@@ -161,6 +167,7 @@ class Editor:
             raise ValueError("The prompt is empty; describe the picture to draw")
         settings = _override(self.settings, overrides)
         _check_count("num_images", num_images)
+        check_seed(seed)
         conditions = _conditions(replace(settings, cfg_weight2=0.0))  # there is no picture to leave out
         rows = self.processor.generate_rows([prompt] * len(conditions), conditions).to(self.model.device)
         n = self.processor.num_image_tokens
@@ -192,6 +199,7 @@ class Editor:
         """Answers a question about a picture, `num_answers` times; temperature 0 decodes greedily."""
         DecodeSettings(temperature=temperature, top_k=top_k, top_p=top_p)  # the same limits, the same messages
         _check_count("num_answers", num_answers)
+        check_seed(seed)
         if temperature == 0 and num_answers > 1:
             raise ValueError(f"num_answers={num_answers} at temperature 0 would all be the same; set a temperature")
         source = load_image(image)
@@ -201,8 +209,8 @@ class Editor:
         sampling = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        with torch.random.fork_rng():  # the caller's random numbers are not ours to reset
-            torch.manual_seed(seed)
+        attention = masked_attention(self.model.base.model.language_model)  # another thread may be editing
+        with attention, _random_numbers(seed) if temperature > 0 else nullcontext():
             # Not Janus' own generate, which only adds warnings where words are asked for.
             ids = GenerationMixin.generate(
                 self.model.base,
@@ -232,6 +240,14 @@ def _conditions(settings: DecodeSettings) -> list[int]:
     if settings.use_cfg and settings.cfg_weight2:
         return [FULL, PART, UNCOND]
     return [FULL, UNCOND] if settings.use_cfg and settings.cfg_weight != 1 else [FULL]
+
+
+@contextmanager
+def _random_numbers(seed: int):
+    """The process's random numbers from a seed, for one thread at a time; the caller's come back afterwards."""
+    with _RANDOM, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def _check_count(name: str, value: int) -> None:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from thinkclearly.config import is_local
 from thinkclearly.data.benchmarks import PIE_SIDE, SESSIONS_FILE, decode_mask, magicbrush_turns, pie_bench
 from thinkclearly.data.sources import BadRecord, read_example
+from thinkclearly.decoding.settings import check_seed
 from thinkclearly.editing.batch import ITEMS, TABLE_FILE, edit_items
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation import field
@@ -60,6 +61,7 @@ class BenchmarkArguments:
     def __post_init__(self):
         check_choice("benchmark", self.benchmark, tuple(CLIPS))
         check_choice("on_bad_record", self.on_bad_record, ("error", "skip"))
+        check_seed(self.seed)
         if self.benchmark == "pie-bench" and self.path is None:
             raise ValueError("pie-bench needs --path: the folder with mapping_file.json and annotation_images")
         for name in ("limit", "batch_size"):

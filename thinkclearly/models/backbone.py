@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from transformers import JanusForConditionalGeneration
 
 from thinkclearly.models.checkpoint import load_janus
@@ -80,15 +81,17 @@ def _full_precision(device: torch.device):
 def encode_tokens(janus: JanusForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
     """Codes of pictures: float (B, 3, S, S) in [-1, 1] to long (B, N), row by row of the grid."""
     vq = janus.model.vqmodel
-    with _full_precision(pixel_values.device):
-        return vq.encode(pixel_values.float()).image_tokens.view(pixel_values.shape[0], -1)
+    with _full_precision(vq.device):
+        tokens = vq.encode(pixel_values.float()).image_tokens.view(pixel_values.shape[0], -1)
+    return tokens.to(pixel_values.device)
 
 
 @torch.no_grad()
 def decode_tokens(janus: JanusForConditionalGeneration, tokens: torch.Tensor) -> torch.Tensor:
     """Pictures of codes: long (B, N) to float32 (B, 3, S, S), about [-1, 1], not clipped."""
-    with _full_precision(tokens.device):
-        return janus.model.vqmodel.decode(tokens).float()
+    vq = janus.model.vqmodel
+    with _full_precision(vq.device):
+        return vq.decode(tokens).float().to(tokens.device)
 
 
 def tower_features(janus: JanusForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -113,8 +116,11 @@ def embed_prompt(
     features: torch.Tensor | None = None,
     source_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Embedded prompt (B, L, H) with the slots filled: features (B, N, H) and the codes of source_tokens (B, N)."""
-    embeds = janus.get_input_embeddings()(prompt.input_ids)
+    """Embedded prompt (B, L, H) with the slots filled: features (B, N, H) and the codes of source_tokens (B, N).
+
+    It is where the prompt's ids are, wherever the parts of the model lie.
+    """
+    embeds = janus.get_input_embeddings()(prompt.input_ids).to(prompt.input_ids.device)
     if features is not None:
         embeds = _fill(embeds, prompt.image_slot, features)
     if source_tokens is not None:
@@ -128,7 +134,7 @@ def _fill(embeds: torch.Tensor, slot: torch.Tensor, values: torch.Tensor) -> tor
     offset = torch.arange(embeds.shape[1], device=embeds.device) - slot[:, None]
     inside = (slot[:, None] >= 0) & (offset >= 0) & (offset < n)
     index = offset.clamp(0, n - 1).unsqueeze(-1).expand(-1, -1, values.shape[-1])
-    return torch.where(inside.unsqueeze(-1), values.to(embeds.dtype).gather(1, index), embeds)
+    return torch.where(inside.unsqueeze(-1), values.to(embeds).gather(1, index), embeds)
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -149,18 +155,22 @@ def base_hash(janus: JanusForConditionalGeneration) -> str:
     """Names the base model: SHA-256 of its generation head, language norms and every 64th word, rounded to bfloat16.
 
     Fine-tunes of one model share codebook and shapes but not these. The same for float32 and bfloat16, and for a
-    language model in 4 or 8 bits; "" in float16, whose rounding is another, and where the head itself is quantised.
+    language model in 4 or 8 bits, and wherever accelerate keeps the weights; "" in float16, whose rounding is another,
+    and where the head itself is quantised.
     """
     core = janus.model
     heads = [core.generation_head.proj_out, core.generation_head.vision_head]
-    tensors = [getattr(module, "base_layer", module).weight for module in heads]  # without LoRA
-    tensors += [core.language_model.embed_tokens.weight[::64], core.language_model.norm.weight]
-    tensors += [layer.input_layernorm.weight for layer in core.language_model.layers]
-    if any(tensor.dtype not in (torch.float32, torch.bfloat16) for tensor in tensors):
+    modules = [getattr(module, "base_layer", module) for module in heads]  # without LoRA
+    modules += [core.language_model.embed_tokens, core.language_model.norm]
+    modules += [layer.input_layernorm for layer in core.language_model.layers]
+    if any(module.weight.dtype not in (torch.float32, torch.bfloat16) for module in modules):
         return ""
     digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    for module in modules:
+        with align_module_device(module):
+            rows = module.weight[::64] if module is core.language_model.embed_tokens else module.weight
+            bits = rows.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+        digest.update(bits.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -175,9 +185,9 @@ def teacher_forced_hidden(
         tokens: long (B, N), codes of the output as inference would feed them back.
     """
     n = tokens.shape[1]
-    embeds = torch.cat([embeds, token_embeddings(janus, tokens[:, :-1]).to(embeds.dtype)], dim=1)
+    embeds = torch.cat([embeds, token_embeddings(janus, tokens[:, :-1]).to(embeds)], dim=1)
     mask = torch.cat([attention_mask, attention_mask.new_ones(tokens.shape[0], n - 1)], dim=1)
     output = janus.model.language_model(
         inputs_embeds=embeds, attention_mask=mask, position_ids=positions(mask), use_cache=False
     )
-    return output.last_hidden_state[:, -n:]
+    return output.last_hidden_state[:, -n:].to(embeds.device)

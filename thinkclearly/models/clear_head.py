@@ -20,7 +20,7 @@ from transformers import JanusForConditionalGeneration
 from thinkclearly.files import replacing, write_json
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.backbone import decode_tokens, embed_prompt, teacher_forced_hidden, tower_features
-from thinkclearly.models.config_files import read_json
+from thinkclearly.models.config_files import read_config
 from thinkclearly.models.prompt import PromptBatch
 from thinkclearly.models.scores import Scores, score_hidden
 from thinkclearly.models.weight_files import read_tensors
@@ -102,10 +102,11 @@ class ClearEditModel(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., H) to float32 logits (..., K + I)."""
         codes = self.base.model.generation_head(hidden).float()
-        with torch.autocast(hidden.device.type, enabled=False):
-            # FSDP's mixed precision hands the weights over in bfloat16, hence float() on them as well.
-            weight, bias = self.clear_head.weight.float(), self.clear_head.bias.float()
-            return torch.cat([codes, nn.functional.linear(hidden.float(), weight, bias)], dim=-1)
+        # FSDP's mixed precision hands the weights over in bfloat16, hence float() on them as well.
+        weight, bias = self.clear_head.weight.float(), self.clear_head.bias.float()
+        with torch.autocast(weight.device.type, enabled=False):
+            instructions = nn.functional.linear(hidden.to(weight.device).float(), weight, bias)
+        return torch.cat([codes, instructions.to(codes.device)], dim=-1)
 
     def forward(self, labels: torch.Tensor, **inputs) -> Scores:
         """Teacher-forced scores of all N output positions, (B, N) each; inputs as for `teacher_forced_logits`."""
@@ -211,7 +212,7 @@ def write_clear_config(config: ClearConfig, directory: str | Path) -> None:
 def read_clear_config(directory: str | Path) -> ClearConfig:
     """`clear_config.json` of a fine-tune; unknown or missing keys are an error that names them."""
     path = Path(directory) / CONFIG_FILE
-    content = read_json(path)
+    content = read_config(path, ClearConfig.__dataclass_fields__)
     unknown = set(content) - set(ClearConfig.__dataclass_fields__)
     if unknown or "codebook_size" not in content:
         raise ValueError(

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from thinkclearly.images import to_pixel_values
-from thinkclearly.models.config_files import read_json
+from thinkclearly.models.config_files import read_config
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 PAD, IMAGE = "<｜▁pad▁｜>", "<image_placeholder>"
@@ -31,6 +31,7 @@ SYSTEM = (
 
 # What a row is told. FULL: picture, source codes and text. PART: no source codes. UNCOND: nothing but BOS and BOI.
 FULL, PART, UNCOND = 0, 1, 2
+_NAMES = ("image_size", "size", "image_mean", "image_std", "num_image_tokens")  # what is read of the processor files
 
 
 @dataclass
@@ -193,4 +194,4 @@ def _read_json(name_or_path: str, name: str, hub: dict) -> dict:
             f"{name_or_path} has no {name}. Janus-Pro checkpoints and their derivatives carry one; copy it from the "
             "base model (fine-tunes sometimes leave it out)."
         ) from error
-    return read_json(path)
+    return read_config(path, _NAMES)

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 
+from thinkclearly.models.adapter_config import matching_modules, read_adapter_config
 from thinkclearly.models.backbone import TINY, Backbone, base_hash, codebook_hash, load_backbone
-from thinkclearly.models.checkpoint import load_janus, resolve
+from thinkclearly.models.checkpoint import load_janus, offloaded, resolve
 from thinkclearly.models.clear_head import CONFIG_FILE, ClearConfig, ClearEditModel, read_clear_config
-from thinkclearly.models.config_files import read_json
 from thinkclearly.models.original_finetune import check_original_base, is_original_finetune, read_original_finetune
 from thinkclearly.models.prompt import ClearEditProcessor
 from thinkclearly.models.weight_files import read_tensors
@@ -114,6 +114,9 @@ def load_clear_model(
         state = _read_adapter(directory)
         lora = _read_lora_config(directory, state)
         backbone = _load_base_of(lora, base, directory, token=token, **kwargs)
+        if isinstance(lora.target_modules, str):
+            modules = (name for name, _ in backbone.model.named_modules())
+            lora.target_modules = matching_modules(lora.target_modules, modules, directory / "adapter_config.json")
         with _no_old_name():
             janus = PeftModel(backbone.model, lora)
         # Not PeftModel.from_pretrained: it leaves layers that the file does not have at random, without a word.
@@ -161,11 +164,17 @@ def _ready(model: ClearEditModel, backbone: Backbone, merge: bool = False) -> Cl
 
 def _load_base_of(lora: PeftConfig, base: str | Path | None, directory: Path, **kwargs) -> Backbone:
     """`base` where it is given, else the model (and revision) that the adapter names."""
-    if base is not None:
-        return load_backbone(base, **kwargs)
-    if not lora.base_model_name_or_path:
+    if base is None and not lora.base_model_name_or_path:
         raise ValueError(f"{directory}/adapter_config.json names no base model; pass it as base=.")
-    return load_backbone(lora.base_model_name_or_path, revision=lora.revision, **kwargs)
+    if base is None:
+        base, kwargs = lora.base_model_name_or_path, kwargs | {"revision": lora.revision}
+    backbone = load_backbone(base, **kwargs)
+    if names := offloaded(backbone.model):  # PEFT would leave the adapter's matrices out, without a word
+        raise ValueError(
+            f"device_map offloads {names[0]} and {len(names) - 1} more of {base}; an adapter needs all of its base on "
+            "devices. Merge the adapter (`thinkclearly push --merged native`) and load the result."
+        )
+    return backbone
 
 
 def _read_adapter(directory: Path) -> dict[str, torch.Tensor]:
@@ -176,21 +185,16 @@ def _read_adapter(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_lora_config(directory: Path, state: dict[str, torch.Tensor]) -> LoraConfig:
-    """The adapter's configuration, unless it would import modules, copy layers or take more room than the file."""
-    path = directory / "adapter_config.json"
-    read_json(path)  # names the file where it is damaged
-    try:
-        lora = PeftConfig.from_pretrained(str(directory))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not an adapter configuration ({error}). Get it again.") from error
-    risky = [name for name in ("layer_replication", "megatron_config") if getattr(lora, name, None)]
-    if not isinstance(lora, LoraConfig) or risky:
-        raise ValueError(f"{path} is {lora.peft_type} with {risky or 'other settings'}; expected plain LoRA or DoRA.")
+    """The adapter's configuration, unless it would take more room than the matrices beside it."""
+    settings = read_adapter_config(directory)
     largest = max((tensor.shape[0] for name, tensor in state.items() if "lora_A" in name), default=0)
-    ranks = [lora.r, *lora.rank_pattern.values()]
-    if not all(type(rank) is int and 0 < rank <= largest for rank in ranks):
-        raise ValueError(f"{path} has ranks {ranks}; the matrices beside it have {largest} at most. Get both again.")
-    return lora
+    ranks = [settings["r"], *settings.get("rank_pattern", {}).values()]
+    if max(ranks) > largest:
+        raise ValueError(
+            f"{directory}/adapter_config.json has ranks {ranks}; the matrices beside it have {largest} at most. Get "
+            "both again."
+        )
+    return LoraConfig(**settings, inference_mode=True)
 
 
 def _load_lora(janus: PeftModel, state: dict[str, torch.Tensor], directory: Path) -> None:
