@@ -10,7 +10,13 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_mod
 
 from thinkclearly.models.backbone import Backbone, base_hash, codebook_hash, load_backbone
 from thinkclearly.models.checkpoint import load_janus, resolve
-from thinkclearly.models.clear_head import CONFIG_FILE, ClearConfig, ClearEditModel, read_clear_config
+from thinkclearly.models.clear_head import (
+    CONFIG_FILE,
+    ClearConfig,
+    ClearEditModel,
+    read_base_name,
+    read_clear_config,
+)
 from thinkclearly.models.config_files import read_json
 from thinkclearly.models.original_finetune import check_original_base, is_original_finetune, read_original_finetune
 from thinkclearly.models.prompt import ClearEditProcessor
@@ -144,6 +150,7 @@ def _load_base_of(lora: PeftConfig, base: str | Path | None, directory: Path, **
     """`base` where it is given, else the model (and revision) that the adapter names."""
     if base is not None:
         return load_backbone(base, **kwargs)
+    lora.base_model_name_or_path = read_base_name(directory)
     if not lora.base_model_name_or_path:
         raise ValueError(f"{directory}/adapter_config.json names no base model; pass it as base=.")
     return load_backbone(lora.base_model_name_or_path, revision=lora.revision, **kwargs)
