@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from thinkclearly.files import A_DAY, new_folder, replacing, write_json, write_text
+from thinkclearly.files import A_DAY, new_folder, replacing, replacing_in, write_json, write_text
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):
@@ -65,3 +65,22 @@ def test_json_has_no_infinity(tmp_path):
     found = json.loads(text, parse_constant=refuse)
     assert found == {"a": [1.5, "-inf", ["inf", True, None]], "ü": "nan"} and "ü" in text
     assert float(found["a"][1]) == -math.inf
+
+
+def test_files_written_in_place_replace_the_old_ones_together(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a").write_text("old")
+    os.link(tmp_path / "run" / "a", tmp_path / "held")
+    with pytest.raises(RuntimeError), replacing_in(tmp_path / "run") as folder:
+        (folder / "a").write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "run" / "a").read_text() == "old"
+    with replacing_in(tmp_path / "run") as folder:
+        (folder / "below").mkdir()
+        for name in ("a", "below/b"):
+            (folder / name).write_text("new")
+    assert {path.name: path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file()} == {
+        "a": "new",
+        "b": "new",
+    }
+    assert (tmp_path / "held").read_text() == "old"

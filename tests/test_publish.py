@@ -16,17 +16,19 @@ import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
+from tiny_runs import make_trainer, records
 
 from thinkclearly import load_editor
 from thinkclearly.config import _NOT_SHARED, effective_recipe
 from thinkclearly.data import sources
 from thinkclearly.data.prepare import load_encoded, prepare_dataset
-from thinkclearly.hub.publish import check_publishable, push, staged
-from thinkclearly.jobs import TRAIN_OPTIONS, ClearTrainingArguments, train
+from thinkclearly.files import write_text
+from thinkclearly.hub.publish import check_publishable, push, staged, staged_checkpoint
+from thinkclearly.jobs import TRAIN_OPTIONS, train
 from thinkclearly.models.backbone import base_hash, codebook_hash, load_backbone
 from thinkclearly.models.clear_head import ClearConfig
 from thinkclearly.recipe import LEFT_OUT, RecipeParser
-from thinkclearly.training.adapters import add_lora
+from thinkclearly.training.adapters import add_lora, load_clear_model
 
 BIN = Path(sys.executable).parent
 INSTRUCTION = "Make the red circle blue."
@@ -139,9 +141,39 @@ def test_held_out_pictures_of_local_data_are_shared_only_when_asked(finetune, tm
         assert (sample in names(folder)) is not is_shared
 
 
+def test_what_is_pushed_stays_what_it_was_when_training_saves_again(golden, finetune, tmp_path):
+    run = shutil.copytree(finetune, tmp_path / "run")
+    model, processor = load_clear_model(run)
+    with torch.no_grad():
+        model.clear_head.bias.add_(1)
+        for name, parameter in model.named_parameters():
+            parameter.mul_(2 if "lora_B" in name else 1)
+    for name in ("tokenizer_config.json", "tokenizer.json"):  # as an older version wrote them
+        write_text(run / name, (run / name).read_text() + "\n")
+    with share(run) as folder:
+        before = {name: (folder / name).read_bytes() for name in names(folder)}
+        make_trainer((model, processor), records(golden, 1), run).save_model()
+        assert {name: (folder / name).read_bytes() for name in names(folder)} == before
+    for name in ("adapter_model.safetensors", "gen_head_clear.safetensors", "tokenizer_config.json", "tokenizer.json"):
+        assert before[name] != (run / name).read_bytes()
+    assert not list(run.glob("*.tmp")) and (run / "optimizer.pt").read_text() == "secret"
+
+
+def test_a_whole_checkpoint_goes_without_paths_of_this_machine(golden, finetune, tmp_path):
+    checkpoint = shutil.copytree(finetune, tmp_path / "checkpoint-2")
+    state = {"global_step": 2, "best_model_checkpoint": str(checkpoint)}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    with staged_checkpoint(checkpoint) as folder:
+        assert {"optimizer.pt", "rng_state.pth", "adapter_model.safetensors"} <= names(folder)
+        assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 2
+        for path in (tmp_path, golden):
+            assert not any(str(path).encode() in (folder / name).read_bytes() for name in names(folder))
+    assert json.loads((checkpoint / "trainer_state.json").read_text()) == state
+
+
 def test_a_local_base_model_is_refused_until_its_hub_id_is_given(golden, finetune):
     base = str(golden / "checkpoint")
-    with pytest.raises(ValueError, match=f"names '{base}' as the base model.*--base_model_id"):
+    with pytest.raises(ValueError, match=f"has the base model '{base}'.*--base_model_id"):
         with share(finetune, base_model_id=None):
             pass
     with share(finetune, base_model_id="they/janus") as folder:
@@ -173,13 +205,6 @@ def test_training_that_could_not_be_pushed_does_not_begin(golden, tmp_path):
 def test_other_folders_are_not_taken_for_a_fine_tune(tmp_path):
     with pytest.raises(FileNotFoundError, match="lacks gen_head_clear.safetensors.*thinkclearly train"):
         push(tmp_path, "you/edit")
-
-
-def test_saved_training_arguments_hold_no_token(tmp_path):
-    arguments = ClearTrainingArguments(output_dir=str(tmp_path), hub_token="hf_of_you")
-    torch.save(arguments, tmp_path / "training_args.bin")
-    assert arguments.hub_token == "hf_of_you"
-    assert b"hf_of_you" not in (tmp_path / "training_args.bin").read_bytes()
 
 
 # A value other than the default for every option whose type alone does not say which words it takes.
@@ -515,6 +540,9 @@ def test_push_to_hub_in_a_recipe_shares_what_push_shares(shared, tmp_path):
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= set(files)
     secret = ("hf_of_you", str(tmp_path))
     assert not [name for name, content in files.items() if any(word.encode() in content for word in secret)]
+    left = [path for path in (tmp_path / "clear").rglob("*") if path.is_file()]
+    assert not [path for path in left if any(word.encode() in path.read_bytes() for word in secret)]
+    assert 'pipeline("clear-edit", model="you/trained")' in (tmp_path / "clear" / "README.md").read_text()
     adapter = (tmp_path / "clear" / "adapter_model.safetensors").read_bytes()
     assert files["adapter_model.safetensors"] == files["last-checkpoint/adapter_model.safetensors"] == adapter
     card = ModelCard(files["README.md"].decode())

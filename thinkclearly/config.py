@@ -229,7 +229,3 @@ class ClearTrainingArguments(TrainingArguments):
         for tracker in set(self.report_to) & {"tensorboard", "trackio", "wandb"}:
             if find_spec(tracker) is None:
                 raise ValueError(f"report_to={tracker}: not installed; pip install 'thinkclearly[{tracker}]'")
-
-    def __getstate__(self) -> dict:
-        # The Trainer saves its arguments beside every checkpoint, and uploads them.
-        return {**vars(self), "hub_token": None}

@@ -57,6 +57,27 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def replacing_in(directory: str | Path) -> Iterator[Path]:
+    """An empty folder to write files in. They replace those of the same name in `directory` when the block ends.
+
+    For code that writes in place. A hard link to an old file keeps the old content, and where the block raises,
+    `directory` stays as it was. One process at a time; what a killed one left is removed.
+    """
+    directory = Path(directory)
+    temporary = directory / ".saving.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in [path for path in temporary.rglob("*") if path.is_file()]:
+            target = directory / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes UTF-8."""
     with replacing(path) as temporary:

@@ -38,7 +38,7 @@ from thinkclearly.evaluation.calibration import calibrate
 from thinkclearly.evaluation.edits import Evaluation, evaluate_edits
 from thinkclearly.evaluation.pictures import sheet
 from thinkclearly.files import write_text
-from thinkclearly.hub.card import RECIPE_FILE
+from thinkclearly.hub.card import RECIPE_FILE, write_card
 from thinkclearly.hub.trainer import PublishingTrainer
 from thinkclearly.models.backbone import Backbone, base_hash, codebook_hash, load_backbone
 from thinkclearly.models.clear_head import ClearConfig, ClearEditModel, write_clear_config
@@ -220,6 +220,8 @@ def _finish(
     trainer.log_metrics("all", metrics)
     trainer.save_metrics("all", metrics)
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_card(output, trainer.args.hub_model_id)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():

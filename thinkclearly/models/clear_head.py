@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import JanusForConditionalGeneration
 
-from thinkclearly.files import replacing, write_json
+from thinkclearly.config import is_local
+from thinkclearly.files import replacing_in, write_json, write_text
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.backbone import decode_tokens, embed_prompt, teacher_forced_hidden, tower_features
 from thinkclearly.models.config_files import read_config
@@ -25,7 +26,9 @@ from thinkclearly.models.prompt import PromptBatch
 from thinkclearly.models.scores import Scores, score_hidden
 from thinkclearly.models.weight_files import read_tensors
 
-HEAD_FILE, CONFIG_FILE = "gen_head_clear.safetensors", "clear_config.json"
+HEAD_FILE, CONFIG_FILE, ADAPTER_FILE = "gen_head_clear.safetensors", "clear_config.json", "adapter_config.json"
+# Where an adapter's folder keeps the path of a local base; huggingface_hub uploads nothing from below this folder.
+LOCAL_BASE = ".cache/huggingface/base_model"
 
 
 @dataclass
@@ -158,17 +161,18 @@ class ClearEditModel(nn.Module):
         """
         state = self.state_dict() if state_dict is None else state_dict
         parts = {part: _below(state, f"{part}.") for part in ("janus", "clear_head")}
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().float().cpu().contiguous() for name, t in parts["clear_head"].items()}
         # Without the flag PEFT asks the Hub whether the base's vocabulary has grown.
         quiet = {"save_embedding_layers": False} if isinstance(self.janus, PeftModel) else {}
-        self.janus.save_pretrained(directory, state_dict=parts["janus"], **quiet)
-        # Beside an adapter too: transformers' pipeline() reads it before anything else.
-        self.base.config.save_pretrained(directory)
-        tensors = {name: t.detach().float().cpu().contiguous() for name, t in parts["clear_head"].items()}
-        with replacing(directory / HEAD_FILE) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        write_clear_config(self.clear_config, directory)
+        with replacing_in(directory) as folder:
+            self.janus.save_pretrained(folder, state_dict=parts["janus"], **quiet)
+            if isinstance(self.janus, PeftModel):
+                (folder / "README.md").unlink()  # PEFT's card, with nothing filled in but the base's path
+                _keep_local_base(folder)
+            # Beside an adapter too: transformers' pipeline() reads it before anything else.
+            self.base.config.save_pretrained(folder)
+            save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
+            write_clear_config(self.clear_config, folder)
 
     def load_head(self, directory: str | Path) -> None:
         """Reads the CLEAR head's weights; a missing file or another shape is an error."""
@@ -196,6 +200,21 @@ class ClearEditModel(nn.Module):
 
 def _below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _keep_local_base(directory: Path) -> None:
+    """Moves a path of this machine out of `adapter_config.json`, which is shared, to where it stays at home."""
+    settings = read_json(directory / ADAPTER_FILE)
+    if is_local(base := settings["base_model_name_or_path"] or "tiny"):
+        write_text(directory / LOCAL_BASE, str(Path(base).expanduser().absolute()))
+        write_json(directory / ADAPTER_FILE, settings | {"base_model_name_or_path": None})
+
+
+def read_base_name(directory: str | Path) -> str | None:
+    """The base model of the adapter in `directory`: a Hub id, "tiny" or a path; None where nothing says."""
+    name = read_json(Path(directory) / ADAPTER_FILE).get("base_model_name_or_path")
+    path = Path(directory) / LOCAL_BASE
+    return name or (path.read_text(encoding="utf-8") if path.is_file() else None)
 
 
 def head_digest(weight: torch.Tensor, config: ClearConfig) -> str:

@@ -14,7 +14,13 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_mod
 from thinkclearly.models.adapter_config import matching_modules, read_adapter_config
 from thinkclearly.models.backbone import TINY, Backbone, base_hash, codebook_hash, load_backbone
 from thinkclearly.models.checkpoint import load_janus, offloaded, resolve
-from thinkclearly.models.clear_head import CONFIG_FILE, ClearConfig, ClearEditModel, read_clear_config
+from thinkclearly.models.clear_head import (
+    CONFIG_FILE,
+    ClearConfig,
+    ClearEditModel,
+    read_base_name,
+    read_clear_config,
+)
 from thinkclearly.models.original_finetune import check_original_base, is_original_finetune, read_original_finetune
 from thinkclearly.models.prompt import ClearEditProcessor
 from thinkclearly.models.weight_files import read_tensors
@@ -164,6 +170,8 @@ def _ready(model: ClearEditModel, backbone: Backbone, merge: bool = False) -> Cl
 
 def _load_base_of(lora: PeftConfig, base: str | Path | None, directory: Path, **kwargs) -> Backbone:
     """`base` where it is given, else the model (and revision) that the adapter names."""
+    if base is None:
+        lora.base_model_name_or_path = read_base_name(directory)
     if base is None and not lora.base_model_name_or_path:
         raise ValueError(f"{directory}/adapter_config.json names no base model; pass it as base=.")
     if base is None:

@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAUROC
 
 from thinkclearly.data.collator import EditCollator
+from thinkclearly.files import replacing_in
 from thinkclearly.models.clear_head import ClearEditModel, read_clear_config
 from thinkclearly.models.prompt import ClearEditProcessor
 from thinkclearly.models.scores import Scores
@@ -197,9 +198,9 @@ class ClearEditTrainer(ResumableTrainer):
         directory = output_dir or self.args.output_dir
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         model.clear_config.clear_weight = self.clear_weight
-        model.save_pretrained(directory, state_dict=state_dict)
-        self.processor.save_pretrained(directory)
-        torch.save(self.args, f"{directory}/training_args.bin")
+        with replacing_in(directory) as folder:  # what is being pushed stays what it was
+            model.save_pretrained(folder, state_dict=state_dict)
+            self.processor.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.is_fsdp_enabled:
