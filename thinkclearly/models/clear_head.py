@@ -7,6 +7,7 @@ Source of the idea: peterN908/ThinkClearly (3_sft_finetune.py, the wrapper that 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -191,9 +192,9 @@ def _below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
 
 
 def head_digest(weight: torch.Tensor, config: ClearConfig) -> str:
-    """Of a CLEAR head's weight and its gate, which every training and calibration changes: tells models apart."""
-    gate = f"{config.gate_bias} {config.gate_temperature}".encode()
-    return hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes() + gate).hexdigest()[:16]
+    """Of a CLEAR head's weight and its configuration: training, calibration and new defaults for edits change it."""
+    content = json.dumps(asdict(config), sort_keys=True).encode()
+    return hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes() + content).hexdigest()[:16]
 
 
 def write_clear_config(config: ClearConfig, directory: str | Path) -> None:
