@@ -69,7 +69,7 @@ def test_results_are_those_of_single_edits_and_the_table_names_them(editor, phot
     assert [(row["key"], row["sample"]) for row in table] == [(key, k) for key in items["key"] for k in (0, 1)]
     row = table[9]
     alone = editor.edit(photos / "more/4.png", WORDS, num_images=2, seed=3, temperature=0.0)[1]
-    assert row["tokens"] == alone.tokens.tolist() and row["clear_fraction"] == alone.clear_fraction
+    assert row["fed_codes"] == alone.fed_codes.tolist() and row["clear_fraction"] == alone.clear_fraction
     assert row["instruction"] == WORDS and row["passes"] == alone.passes and row["seconds"] > 0
     assert Image.open(tmp_path / row["pixel_composite"]).tobytes() == alone.image.tobytes()
     assert (tmp_path / row["raw_model"]).is_file() and (tmp_path / row["clear_mask"]).is_file()

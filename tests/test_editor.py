@@ -58,17 +58,17 @@ def test_several_samples_differ_and_each_is_its_own(editor, pictures, bias, size
     three = editor.edit(pictures[1], INSTRUCTIONS[0], num_images=3, **options)
     five = editor.edit(pictures[1], INSTRUCTIONS[0], num_images=5, **options)
     assert len(three) == 3 and len(five) == 5
-    assert len({tuple(result.ids.tolist()) for result in five}) == 5
+    assert len({tuple(result.class_ids.tolist()) for result in five}) == 5
     for k, result in enumerate(three):
         assert result.sample == k and result.seed == 3
-        assert torch.equal(result.ids, five[k].ids)
-        assert torch.equal(result.tokens, five[k].tokens)
+        assert torch.equal(result.class_ids, five[k].class_ids)
+        assert torch.equal(result.fed_codes, five[k].fed_codes)
         assert largest_difference(result.image, five[k].image) <= 1
-        assert result.tokens.max() < sizes.codes, "no instruction goes back into the model"
+        assert result.fed_codes.max() < sizes.codes, "no instruction goes back into the model"
     alone = editor.edit(pictures[1], INSTRUCTIONS[0], **options)
-    assert torch.equal(alone.ids, three[0].ids)
+    assert torch.equal(alone.class_ids, three[0].class_ids)
     other = editor.edit(pictures[1], INSTRUCTIONS[0], **options | {"seed": 4})
-    assert not torch.equal(other.ids, alone.ids)
+    assert not torch.equal(other.class_ids, alone.class_ids)
     # Noise that is not noise (NaN, a constant) would repeat one code.
     assert len(set(alone.codes.tolist())) > sizes.positions // 4
 
@@ -80,8 +80,8 @@ def test_a_batch_gives_the_same_tokens_as_one_by_one(editor, pictures, bias, gui
     together = editor.edit_many(pictures, INSTRUCTIONS, **options)
     for picture, instruction, result in zip(pictures, INSTRUCTIONS, together, strict=True):
         alone = editor.edit(picture, instruction, **options)
-        assert torch.equal(result.ids, alone.ids)
-        assert torch.equal(result.tokens, alone.tokens)
+        assert torch.equal(result.class_ids, alone.class_ids)
+        assert torch.equal(result.fed_codes, alone.fed_codes)
         assert torch.equal(result.codes, alone.codes)
         torch.testing.assert_close(result.gate, alone.gate, atol=1e-4, rtol=1e-4)
         assert largest_difference(result.image, alone.image) <= 1
@@ -94,25 +94,25 @@ def test_settings_change_what_they_say(editor, pictures, bias, sizes):
     guided = editor.edit(pictures[0], INSTRUCTIONS[0], **options)
     free = editor.edit(pictures[0], INSTRUCTIONS[0], **options, use_cfg=False)
     full_row = editor.edit(pictures[0], INSTRUCTIONS[0], **options | {"cfg_weight": 1.0, "cfg_weight2": 0.0})
-    assert torch.equal(free.ids, full_row.ids), "weight 1 on the full row is no guidance"
+    assert torch.equal(free.class_ids, full_row.class_ids), "weight 1 on the full row is no guidance"
     assert not torch.equal(guided.codes, free.codes)
     nothing = editor.edit(pictures[0], INSTRUCTIONS[0], temperature=0.0, clear_bias=-1e4)
-    assert nothing.clear_fraction == 0 and torch.equal(nothing.codes, nothing.tokens)
+    assert nothing.clear_fraction == 0 and torch.equal(nothing.codes, nothing.fed_codes)
     everything = editor.edit(pictures[0], INSTRUCTIONS[0], temperature=0.0, clear_bias=1e4)
-    assert everything.clear_fraction == 1 and torch.equal(everything.tokens, everything.source_tokens)
+    assert everything.clear_fraction == 1 and torch.equal(everything.fed_codes, everything.source_tokens)
     assert np.array_equal(everything.image, everything.source)
     assert not np.array_equal(everything.raw, everything.token_composite), "raw is without CLEAR"
     joint = editor.edit(pictures[0], INSTRUCTIONS[0], temperature=1.0, clear_bias=bias, guidance="joint", top_k=3)
-    painted = joint.ids < sizes.codes
-    assert torch.equal(joint.codes[painted], joint.tokens[painted])
+    painted = joint.class_ids < sizes.codes
+    assert torch.equal(joint.codes[painted], joint.fed_codes[painted])
 
 
 def test_the_gate_decides_in_factorised_mode(editor, pictures, bias, sizes):
     result = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias)
-    copied = result.ids >= sizes.codes
+    copied = result.class_ids >= sizes.codes
     assert 0 < copied.float().mean() < 1
     assert torch.equal(copied, result.gate > 0)
-    assert torch.equal(result.tokens, torch.where(copied, result.source_tokens, result.ids))
+    assert torch.equal(result.fed_codes, torch.where(copied, result.source_tokens, result.class_ids))
     assert result.clear_fraction == pytest.approx(copied.float().mean().item())
     hot = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias, temperature=0)
     assert (hot.gate[0] - result.gate[0]).abs() < 1e-5, "sampling has no part in the first decision"
@@ -133,7 +133,7 @@ def test_a_large_photograph_keeps_its_size_and_its_clear_pixels(editor, bias):
 def test_smoothing_changes_the_composite_not_the_mask(editor, pictures, bias):
     plain = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias)
     smooth = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias, mask_smooth_ksize=3, feather_radius_px=0)
-    assert torch.equal(plain.ids, smooth.ids)
+    assert torch.equal(plain.class_ids, smooth.class_ids)
     assert np.array_equal(plain.mask, smooth.mask)
     assert not np.array_equal(plain.clear, smooth.clear)
     expected = np.where(clear_pixels(smooth)[..., None], smooth.source, smooth.token_composite)
@@ -142,8 +142,8 @@ def test_smoothing_changes_the_composite_not_the_mask(editor, pictures, bias):
 
 def test_a_base_without_head_edits_but_never_copies(base_editor, pictures, sizes, tmp_path):
     result = base_editor.edit(pictures[1], INSTRUCTIONS[0], num_images=2, clear_bias=1e4)[1]
-    assert result.clear_fraction == 0 and result.ids.max() < sizes.codes
-    assert torch.equal(result.ids, result.tokens) and torch.equal(result.ids, result.codes)
+    assert result.clear_fraction == 0 and result.class_ids.max() < sizes.codes
+    assert torch.equal(result.class_ids, result.fed_codes) and torch.equal(result.class_ids, result.codes)
     assert result.gate.isnan().all()
     assert np.array_equal(result.image, result.token_composite)
     result.save(tmp_path, trace=True)
@@ -176,11 +176,11 @@ def test_saved_files_hold_the_result(editor, pictures, bias, sizes, tmp_path):
     assert np.array_equal(Image.open(tmp_path / "c" / "input_image.png"), result.source)
     content = json.loads((tmp_path / "c" / "result.json").read_text())
     assert content["instruction"] == INSTRUCTIONS[0] and content["seed"] == 11
-    assert content["size"] == [*result.source.size] and content["ids"] == result.ids.tolist()
+    assert content["size"] == [*result.source.size] and content["class_ids"] == result.class_ids.tolist()
     assert EditSettings(**content["settings"]).clear_bias == bias
     trace = [json.loads(line) for line in (tmp_path / "c" / "token_trace.jsonl").read_text().splitlines()]
     assert [line["position"] for line in trace] == list(range(sizes.positions))
-    assert [line["id"] for line in trace] == result.ids.tolist()
+    assert [line["class_id"] for line in trace] == result.class_ids.tolist()
     line = trace[sizes.grid + 1]
     assert line["row"] == 1 and line["column"] == 1
     assert line["gate"] == pytest.approx(result.gate[sizes.grid + 1].item())
@@ -318,4 +318,4 @@ def test_finished_pictures_leave_the_batch(editor, pictures, widths):
     assert sorted(r.clear_fraction == 1 for r in results) == [False, False, True]
     assert widths[0] == 9 and widths[-1] < 9
     alone = [editor.edit(picture, "Night.", clear_bias=bias, temperature=0) for picture in pictures]
-    assert all(torch.equal(a.ids, b.ids) for a, b in zip(alone, results))
+    assert all(torch.equal(a.class_ids, b.class_ids) for a, b in zip(alone, results))

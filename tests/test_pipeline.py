@@ -44,16 +44,16 @@ def edit(finetune):
 
 
 def tokens(outputs):
-    return [output.tokens.tolist() for output in outputs]
+    return [output.class_ids.tolist() for output in outputs]
 
 
 def test_it_gives_what_the_editor_gives(edit, finetune, names):
     expected = thinkclearly.load_editor(finetune).edit(names[1], PROMPTS[0], seed=5)
     output = edit(names[1], prompt=PROMPTS[0], seed=5)
-    assert set(output) >= {"image", "mask", "raw", "token_composite", "tokens", "clear_fraction"}
+    assert set(output) >= {"image", "mask", "raw", "token_composite", "class_ids", "clear_fraction"}
     for name in ("image", "mask", "raw", "token_composite"):
         assert np.array_equal(output[name], getattr(expected, name))
-    assert output.tokens.tolist() == expected.ids.tolist() and 0 < output["clear_fraction"] < 1
+    assert output.class_ids.tolist() == expected.class_ids.tolist() and 0 < output["clear_fraction"] < 1
     source, clear = np.asarray(Image.open(names[1]).convert("RGB")), np.asarray(output.mask) > 127
     assert output.image.size == Image.open(names[1]).size and (np.asarray(output.image)[clear] == source[clear]).all()
 
@@ -131,7 +131,7 @@ def test_samples_and_seeds(edit, names):
 def test_steps_are_reported_and_settings_pass_through(edit, names, finetune):
     steps = []
     output = edit(names[0], prompt="Night.", temperature=0.0, callback=lambda done, total: steps.append((done, total)))
-    assert steps[-1] == (len(output.tokens), len(output.tokens)) and output.passes > 0
+    assert steps[-1] == (len(output.class_ids), len(output.class_ids)) and output.passes > 0
     greedy = pipeline("clear-edit", model=str(finetune), device="cpu", temperature=0.0)
     assert tokens([greedy(names[0], prompt="Night.", seed=9)]) == tokens([output])
     with pytest.raises(TypeError, match="temprature.*temperature"):

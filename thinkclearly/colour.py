@@ -90,7 +90,7 @@ def to_photo(image: Image.Image, deep: bool) -> Image.Image:
         photo.putalpha(alpha)
     if "dpi" in info:
         info["dpi"] = tuple(map(float, info["dpi"]))
-        if not all(math.isfinite(dpi) and dpi > 0 for dpi in info["dpi"]):
+        if not all(1 < dpi < math.inf for dpi in info["dpi"]):  # 1 is Pillow's word for a TIFF that has none
             del info["dpi"]
     return with_metadata(photo, info | ({"notes": tuple(dict.fromkeys(notes))} if notes else {}))
 

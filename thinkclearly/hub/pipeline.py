@@ -41,19 +41,18 @@ class ClearEditOutput(Mapping):
         result (`EditResult`): all of it, with `save`.
     """
 
-    _names = {
-        name: name
-        for name in (
-            "image mask gate_mask raw token_composite input_decoded class_ids fed_codes codes clear_fraction notes seed "
-            "passes"
-        ).split()
-    } | {"prompt": "instruction"}
+    _names = (
+        *("image", "mask", "gate_mask", "raw", "token_composite", "input_decoded", "class_ids", "fed_codes", "codes"),
+        *("clear_fraction", "notes", "prompt", "seed", "passes"),
+    )
 
     def __init__(self, result: EditResult):
         self.result = result
 
     def __getitem__(self, name: str):
-        return getattr(self.result, self._names[name])
+        if name not in self._names:
+            raise KeyError(name)
+        return getattr(self.result, "instruction" if name == "prompt" else name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
