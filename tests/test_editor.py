@@ -1,19 +1,26 @@
 """Edits are repeatable, do not depend on what they are decoded with, and leave what is CLEAR to the byte."""
 
+import io
 import json
 import math
 import pickle
 import random
 
+import icc
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from janus_reference import between, t2i_keys, t2i_text
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from thinkclearly.colour import seen
+from thinkclearly.decoding.engine import Decoded
 from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.settings import EditSettings
+from thinkclearly.images import Letterbox, load_image, load_photo
 from thinkclearly.training.adapters import load_base, load_clear_model
 
 pytestmark = pytest.mark.golden
@@ -130,14 +137,114 @@ def test_a_large_photograph_keeps_its_size_and_its_clear_pixels(editor, bias):
     assert (found[~pixels] != source[~pixels]).any()
 
 
-def test_smoothing_changes_the_composite_not_the_mask(editor, pictures, bias):
+def test_smoothing_changes_composite_and_mask_but_not_the_gate_s(editor, pictures, bias):
     plain = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias)
     smooth = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias, mask_smooth_ksize=3, feather_radius_px=0)
     assert torch.equal(plain.class_ids, smooth.class_ids)
-    assert np.array_equal(plain.mask, smooth.mask)
-    assert not np.array_equal(plain.clear, smooth.clear)
+    assert np.array_equal(plain.gate_mask, smooth.gate_mask) and np.array_equal(plain.mask, plain.gate_mask)
+    assert not np.array_equal(plain.mask, smooth.mask)
     expected = np.where(clear_pixels(smooth)[..., None], smooth.source, smooth.token_composite)
     assert np.array_equal(smooth.image, expected)
+
+
+MODES = {"RGB": 3, "RGBA": 4}
+
+
+@given(
+    size=st.tuples(st.integers(8, 150), st.integers(8, 150)),
+    mode=st.sampled_from(["RGB", "RGBA"]),
+    profile=st.sampled_from([None, icc.display_p3()]),
+    share=st.sampled_from([0.0, 0.2, 0.6, 0.9, 1.0]),
+    asked=st.fixed_dictionaries(
+        {
+            "mask_smooth_ksize": st.sampled_from([1, 3, 5]),
+            "mask_smooth_passes": st.integers(0, 2),
+            "feather_radius_px": st.sampled_from([0.0, 0.5, 2.0, 8.0, 40.0]),
+            "feather": st.sampled_from(["inside", "two_sided"]),
+        }
+    ),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_pixel_that_the_mask_calls_clear_is_the_source_s(editor, size, mode, profile, share, asked, seed):
+    """Over all settings of cleaning, smoothing and blending, from decoded classes on."""
+    rng, n = np.random.default_rng(seed), editor.processor.num_image_tokens
+    width, height = size
+    picture = Image.fromarray(rng.integers(0, 256, (height, width, MODES[mode]), np.uint8))
+    picture.info = {"icc_profile": profile}
+    source, box = load_photo(picture), Letterbox(width, height, editor.processor.image_size)
+    codes = torch.from_numpy(rng.integers(0, editor.model.clear_config.codebook_size, n))
+    ids = torch.where(torch.from_numpy(rng.random(n) < share), editor.model.clear_config.codebook_size, codes)
+    decoded = Decoded(ids[None], codes[None], codes[None], torch.zeros(1, n), 1, [[n]])
+    drawn = Image.fromarray(rng.integers(0, 256, (box.size, box.size, 3), np.uint8))
+    result = editor._result(0, 0, decoded, codes, drawn, None, source, box, EditSettings(**asked))
+    clear, before, after = np.asarray(result.mask) > 127, np.asarray(picture), np.asarray(result.image)
+    assert np.array_equal(after[clear], before[clear]) and result.clear_fraction == clear.mean()
+    assert result.image.mode == mode and result.image.info.get("icc_profile") == profile
+    assert np.array_equal(
+        np.asarray(result.gate_mask) > 127,
+        box.unfit_grid(ids.view(result.clear.shape) != codes.view(result.clear.shape)),
+    )
+    if asked["feather"] == "inside":
+        assert np.array_equal(clear, box.unfit_grid(result.clear))
+
+
+def p3_photo(picture, mode="RGB", **options):
+    """The picture in a Display-P3 file, its colours as strong as the screen allows."""
+    buffer = io.BytesIO()
+    load_image(picture).convert(mode).save(buffer, "PNG", icc_profile=icc.display_p3(), dpi=(300, 300), **options)
+    return buffer.getvalue()
+
+
+def test_a_display_p3_photo_keeps_its_colours_and_the_model_sees_srgb(editor, pictures, bias, tmp_path):
+    data = p3_photo(pictures[0])
+    result = editor.edit(data, INSTRUCTIONS[0], clear_bias=bias, feather_radius_px=0)
+    as_seen = editor.edit(load_image(data), INSTRUCTIONS[0], clear_bias=bias, feather_radius_px=0)
+    assert torch.equal(result.class_ids, as_seen.class_ids) and torch.equal(
+        result.source_tokens, as_seen.source_tokens
+    )
+    plain = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias)
+    assert not torch.equal(plain.source_tokens, as_seen.source_tokens), "other colours"
+    stored, clear = np.asarray(Image.open(io.BytesIO(data))), np.asarray(result.mask) > 127
+    assert 0 < clear.mean() < 1 and np.array_equal(np.asarray(result.image)[clear], stored[clear])
+    # What was painted looks like what the model drew, though the numbers are others.
+    drawn, image, looks = (
+        np.asarray(p, int)[~clear] for p in (result.token_composite, result.image, seen(result.image))
+    )
+    assert np.abs(looks - drawn).mean() < 0.5 and np.abs(image - drawn).mean() > 3
+    for name in ("edited.png", "edited.jpg", "edited.webp", "edited.tiff"):
+        result.image.save(tmp_path / name)
+        assert Image.open(tmp_path / name).info["icc_profile"] == icc.display_p3()
+    result.save(tmp_path)
+    for name in ("input_image.png", "pixel_composite.png", "copy_matching_tokens.png"):
+        info = Image.open(tmp_path / name).info
+        assert info["icc_profile"] == icc.display_p3() and np.allclose(info["dpi"], 300, atol=0.1)
+    assert "icc_profile" not in Image.open(tmp_path / "raw_model.png").info
+
+
+def test_transparency_is_the_source_s_everywhere_and_hidden_paint_is_said(editor, pictures, bias):
+    glass = load_image(pictures[0]).convert("RGBA")
+    alpha = np.tile(np.linspace(0, 255, glass.width).astype(np.uint8), (glass.height, 1))
+    glass.putalpha(Image.fromarray(alpha))
+    result = editor.edit(glass, INSTRUCTIONS[0], clear_bias=bias, use_cfg=False)
+    assert np.array_equal(result.image.getchannel("A"), alpha)
+    clear = np.asarray(result.mask) > 127
+    assert np.array_equal(np.asarray(result.image)[clear], np.asarray(glass)[clear]), "hidden colours too"
+    as_seen = editor.edit(load_image(glass), INSTRUCTIONS[0], clear_bias=bias, use_cfg=False)
+    assert torch.equal(result.class_ids, as_seen.class_ids)
+    nothing = editor.edit(glass, INSTRUCTIONS[0], clear_bias=1e4, use_cfg=False)
+    assert np.array_equal(nothing.image, glass) and nothing.notes == ()
+    everything = editor.edit(glass, INSTRUCTIONS[0], clear_bias=-1e4, use_cfg=False)
+    assert everything.notes[0].endswith("fully transparent in the source and stay so; lay it on a background.")
+
+
+def test_a_picture_of_16_bits_says_that_it_comes_back_in_8(editor, caplog, tmp_path):
+    deep = Image.fromarray(np.full((20, 30), 0x8080, np.uint16))
+    results = [editor.edit(deep, "Night.", clear_bias=1e4) for _ in range(2)]
+    results[0].save(tmp_path)
+    notes = json.loads((tmp_path / "result.json").read_text())["notes"]
+    assert notes == list(results[1].notes) and "edited and saved in 8 bits" in notes[0]
+    assert caplog.text.count("edited and saved in 8 bits") == 1
 
 
 def test_a_base_without_head_edits_but_never_copies(base_editor, pictures, sizes, tmp_path):
@@ -167,7 +274,7 @@ def test_raw_and_decoded_source_are_drawn_when_asked_for(editor, pictures, bias)
 def test_saved_files_hold_the_result(editor, pictures, bias, sizes, tmp_path):
     result = editor.edit(pictures[1], INSTRUCTIONS[0], clear_bias=bias, seed=11)
     names = {f"{name}.png" for name in ("input_image", "input_decoded", "raw_model", "token_composite")}
-    names |= {"pixel_composite.png", "clear_mask.png", "copy_matching_tokens.png", "result.json"}
+    names |= {"pixel_composite.png", "clear_mask.png", "gate_mask.png", "copy_matching_tokens.png", "result.json"}
     result.save(tmp_path / "a" / "b")
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == names
     result.save(tmp_path / "c", trace=True)
