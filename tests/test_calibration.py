@@ -144,7 +144,7 @@ def test_merged_in_float32_only_and_with_the_same_tokens(editor, rows):
     half = load_editor(str(TINY.parent / "tiny_clear"), dtype=torch.bfloat16)
     assert merged(half.model) == {False}
     for row in rows[:3]:
-        ids = [e.edit(row["source"], row["instruction"]).ids for e in (editor, folded)]
+        ids = [e.edit(row["source"], row["instruction"]).class_ids for e in (editor, folded)]
         assert torch.equal(*ids)
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import icc
 import numpy as np
 import pytest
 import torch
@@ -47,18 +48,42 @@ def edit(finetune):
 
 
 def tokens(outputs):
-    return [output.tokens.tolist() for output in outputs]
+    return [output.class_ids.tolist() for output in outputs]
 
 
 def test_it_gives_what_the_editor_gives(edit, finetune, names):
     expected = thinkclearly.load_editor(finetune).edit(names[1], PROMPTS[0], seed=5)
     output = edit(names[1], prompt=PROMPTS[0], seed=5)
-    assert set(output) >= {"image", "mask", "raw", "token_composite", "tokens", "clear_fraction"}
+    assert set(output) >= {"image", "mask", "raw", "token_composite", "class_ids", "clear_fraction"}
     for name in ("image", "mask", "raw", "token_composite"):
         assert np.array_equal(output[name], getattr(expected, name))
-    assert output.tokens.tolist() == expected.ids.tolist() and 0 < output["clear_fraction"] < 1
+    assert output.class_ids.tolist() == expected.class_ids.tolist() and 0 < output["clear_fraction"] < 1
     source, clear = np.asarray(Image.open(names[1]).convert("RGB")), np.asarray(output.mask) > 127
     assert output.image.size == Image.open(names[1]).size and (np.asarray(output.image)[clear] == source[clear]).all()
+
+
+def test_pictures_that_nobody_asks_for_are_not_decoded(edit, names):
+    output = edit(names[0], prompt="Night.", use_cfg=False)
+    assert not {"raw", "input_decoded"} & set(vars(output.result))
+    assert output.raw is output["raw"] is output.result.raw and "input_decoded" not in vars(output.result)
+
+
+def test_a_name_means_the_same_in_the_output_and_in_the_result(edit, names):
+    output = edit(names[0], prompt="Night.", use_cfg=False)
+    for name in set(output) - {"prompt"}:
+        assert output[name] is getattr(output.result, name) or name == "gate_mask"
+    assert output.prompt == output.result.instruction == "Night."
+    assert len(output) == len(list(output)) and "tokens" not in output and "Night." in repr(output)
+    with pytest.raises(AttributeError, match="no 'tokens'; choose from .*class_ids, fed_codes, codes"):
+        _ = output.tokens
+
+
+def test_a_photo_s_profile_and_transparency_stay(edit, names, tmp_path):
+    glass = Image.open(names[0]).convert("RGBA")
+    glass.putalpha(100)
+    glass.save(tmp_path / "glass.png", icc_profile=icc.display_p3())
+    for output in edit([str(tmp_path / "glass.png")] * 2, prompt="Night.", use_cfg=False, batch_size=2):
+        assert output.image.mode == "RGBA" and output.image.info["icc_profile"] == icc.display_p3()
 
 
 def test_a_picture_may_be_a_path_bytes_pil_an_array_or_a_row(edit, names):
@@ -173,7 +198,7 @@ def test_samples_and_seeds(edit, names):
 def test_steps_are_reported_and_settings_pass_through(edit, names, finetune):
     steps = []
     output = edit(names[0], prompt="Night.", temperature=0.0, callback=lambda done, total: steps.append((done, total)))
-    assert steps[-1] == (len(output.tokens), len(output.tokens)) and output.passes > 0
+    assert steps[-1] == (len(output.class_ids), len(output.class_ids)) and output.passes > 0
     greedy = pipeline("clear-edit", model=str(finetune), device="cpu", temperature=0.0)
     assert tokens([greedy(names[0], prompt="Night.", seed=9)]) == tokens([output])
     with pytest.raises(TypeError, match="temprature.*temperature"):

@@ -308,7 +308,7 @@ def test_merged_weights_and_the_originals_format_edit_as_the_adapter_does(golden
                 len(list(folder.glob("model-*-of-*.safetensors"))) > 1
                 and not (folder / "adapter_config.json").exists()
             )
-    assert torch.equal(found.ids, expected.ids) and found.image.tobytes() == expected.image.tobytes()
+    assert torch.equal(found.class_ids, expected.class_ids) and found.image.tobytes() == expected.image.tobytes()
     torch.testing.assert_close(found.gate, expected.gate, atol=1e-4, rtol=1e-4)
 
 
@@ -429,7 +429,7 @@ print(json.dumps({
     "private": api.model_info("you/edit").private,
     "pull request": request.pr_url,
     "peft": all((adapter[key.replace(".weight", ".default.weight")] == saved[key]).all().item() for key in saved),
-    "ids": [load_editor("you/edit", revision=revision).edit(photo, instruction, seed=3).ids.tolist()
+    "ids": [load_editor("you/edit", revision=revision).edit(photo, instruction, seed=3).class_ids.tolist()
             for revision in ("main", "v1")],
     "data": [list(encoded[name]) for name in ("key", "target_tokens")],
     "wrong token": message(push, finetune, "you/edit", token="hf_wrong", **options),
@@ -471,7 +471,7 @@ def test_what_was_pushed_is_listed_downloaded_and_used(golden, finetune, prepare
     assert seen["models"] == ["you/again", "you/base", "you/edit"] and seen["private"]
     assert seen["refs"] == [["main", "pt"], ["v1"]] and len(seen["commits"]) == 2
     assert seen["peft"]
-    assert seen["ids"] == [landscape(golden, finetune).ids.tolist()] * 2
+    assert seen["ids"] == [landscape(golden, finetune).class_ids.tolist()] * 2
     cards = [ModelCard(hub.files("you/edit", name)["README.md"].decode()) for name in ("main", "refs/pr/1")]
     assert [card.data.license for card in cards] == [None, "mit"] and seen["pull request"].endswith("/discussions/1")
 

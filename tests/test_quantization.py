@@ -46,7 +46,7 @@ def test_edits_are_nearly_those_of_float32_and_copies_exact(bits, caplog):
         found = editor.edit_many(pictures, words)
     assert "cast" not in caplog.text
     for result, plain in zip(found, load_editor(str(TINY_CLEAR)).edit_many(pictures, words)):
-        assert (result.tokens == plain.tokens).float().mean() > 0.8
+        assert (result.fed_codes == plain.fed_codes).float().mean() > 0.8
         clear = torch.from_numpy(Letterbox(*result.source.size, 64).unfit_grid(result.clear))
         edited, source = (torch.from_numpy(np.array(p)) for p in (result.image, result.source))
         assert clear.any() and torch.equal(edited[clear], source[clear])

@@ -93,7 +93,7 @@ def _edit(example, result, editor: Editor, options, judge) -> dict:
     shape = processor.grid, processor.grid
     target = Letterbox(*example.target.size, processor.image_size).fit(example.target)
     clear = patch_difference(box.fit(example.source), target, processor.grid) <= options.pixel_tolerance
-    chosen = editor.model.vocabulary.is_instruction(result.ids).view(shape).numpy()
+    chosen = editor.model.vocabulary.is_instruction(result.class_ids).view(shape).numpy()
     blend = result.settings["feather_radius_px"], result.settings["feather"]
     oracle = composite(example.source, result.raw, clear, box, *blend)
     mask = np.asarray(example.mask) > 127

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     for k, result in enumerate(results if arguments.num_images > 1 else [results]):
         directory = Path(arguments.output_dir) / (f"{k:04d}" if arguments.num_images > 1 else "")
         result.save(directory, trace=arguments.trace)
-        logger.info("%s: %.0f%% of the patches are the source, byte for byte", directory, 100 * result.clear_fraction)
+        logger.info("%s: %.0f%% of the pixels are the source's, byte for byte", directory, 100 * result.clear_fraction)
 
 
 def _edit_many(arguments: EditArguments, settings: dict) -> None:
@@ -70,13 +70,14 @@ def _edit_many(arguments: EditArguments, settings: dict) -> None:
     from thinkclearly.editing.batch import edit_items, read_items
 
     with PartialState().main_process_first():
-        items, skipped = read_items(arguments.input, arguments.instruction, arguments.split, arguments.on_bad_record)
+        options = arguments.instruction, arguments.split, arguments.on_bad_record, arguments.output_dir
+        items, skipped = read_items(arguments.input, *options)
     names = ("input", "split", "seed", "num_images")
     report = edit_items(
         load_finetune(arguments),
         items,
         arguments.output_dir,
-        run=weights(arguments) | {name: getattr(arguments, name) for name in names} | settings,
+        run=weights(arguments) | {name: getattr(arguments, name) for name in names},
         skipped=skipped,
         batch_size=arguments.batch_size,
         num_images=arguments.num_images,

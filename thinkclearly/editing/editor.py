@@ -5,28 +5,33 @@ The one place where preprocessing, decoding and compositing meet. Knows nothing 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import GenerationMixin
 
+from thinkclearly.colour import painted, seen
 from thinkclearly.decoding.cache import masked_attention
 from thinkclearly.decoding.engine import Decoded, decode
 from thinkclearly.decoding.settings import DecodeSettings, check_seed
 from thinkclearly.editing.composite import composite, smooth_mask
 from thinkclearly.editing.result import EditResult
 from thinkclearly.editing.settings import EditSettings
-from thinkclearly.images import Letterbox, load_image, to_image
+from thinkclearly.images import Letterbox, load_image, load_photo, to_image
 from thinkclearly.models.backbone import decode_tokens, embed_prompt, encode_tokens, image_features
 from thinkclearly.models.clear_head import ClearEditModel
+from thinkclearly.models.fingerprint import fingerprint
 from thinkclearly.models.prompt import FULL, PART, UNCOND, ClearEditProcessor
 
+logger = logging.getLogger(__name__)
 _RANDOM = threading.Lock()
 
 
@@ -45,6 +50,14 @@ class Editor:
             self.settings = settings or _override(EditSettings(), model.clear_config.edit)
         except TypeError as error:
             raise ValueError(f"The checkpoint's clear_config.json: {error}. A newer thinkclearly? Upgrade.") from error
+
+    def fingerprint(self, **overrides) -> dict:
+        """What an edit depends on besides picture, words and seed: `models.fingerprint`, and all `settings`.
+
+        Args:
+            overrides: fields of `EditSettings`, as for `edit`.
+        """
+        return fingerprint(self.model) | {"settings": asdict(_override(self.settings, overrides))}
 
     def edit(self, image, instruction: str, *, num_images: int = 1, seed: int = 0, progress=None, **overrides):
         """Edits one picture.
@@ -83,9 +96,12 @@ class Editor:
             if not instruction or not instruction.strip():
                 raise ValueError(f"Item {i} has an empty instruction; say what to change, e.g. 'Make the scarf blue.'")
         clock = _Clock(self.model.device)
-        sources = [load_image(image, name=f"item {i}" if len(images) > 1 else None) for i, image in enumerate(images)]
+        sources = [load_photo(image, name=f"item {i}" if len(images) > 1 else None) for i, image in enumerate(images)]
+        for note in {note for source in sources for note in source.info.get("notes", ())}:
+            _warn_once(note)
         boxes = [Letterbox(*source.size, self.processor.image_size) for source in sources]
-        pixels = self.processor.pixel_values([box.fit(s) for box, s in zip(boxes, sources)]).to(self.model.device)
+        squares = [box.fit(seen(source)) for box, source in zip(boxes, sources)]
+        pixels = self.processor.pixel_values(squares).to(self.model.device)
         source_tokens = encode_tokens(self.model.base, pixels)
         features = image_features(self.model.base, pixels)
         clock.lap("encode")
@@ -130,23 +146,27 @@ class Editor:
         grid, token_composite, place = self.processor.grid, box.unfit(drawn), {"codes": k, "source_tokens": i}
         chosen = self.model.vocabulary.is_instruction(decoded.ids[k]).view(grid, grid).cpu().numpy()
         clear = smooth_mask(chosen, settings.mask_smooth_ksize, settings.mask_smooth_passes)
+        edited = painted(token_composite, source)
+        image, kept = composite(source, edited, clear, box, settings.feather_radius_px, settings.feather)
         return EditResult(
-            image=composite(source, token_composite, clear, box, settings.feather_radius_px, settings.feather),
+            image=image,
             token_composite=token_composite,
             source=source,
-            mask=Image.fromarray(np.uint8(box.unfit_grid(chosen)) * 255),
-            ids=decoded.ids[k].cpu(),
-            tokens=decoded.tokens[k].cpu(),
+            mask=Image.fromarray(np.uint8(kept) * 255),
+            class_ids=decoded.ids[k].cpu(),
+            fed_codes=decoded.tokens[k].cpu(),
             codes=decoded.codes[k].cpu(),
             source_tokens=source_tokens.cpu(),
             gate=decoded.gate[k].cpu(),
+            chosen=chosen,
             clear=clear,
-            clear_fraction=float(chosen[box.content(grid)].mean()),
+            clear_fraction=float(kept.mean()),
             letterbox=box,
             instruction="",
             seed=0,
             sample=0,
             settings=asdict(settings),
+            notes=(*source.info.get("notes", ()), *_invisible(source, kept)),
             passes=decoded.passes,
             accepted=[each[k] for each in decoded.accepted],
             further=lambda kind: box.unfit(further(kind)[place[kind]]),
@@ -248,6 +268,20 @@ def _random_numbers(seed: int):
     with _RANDOM, torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def _invisible(source: Image.Image, kept: np.ndarray) -> list[str]:
+    """A note where paint cannot be seen: an edit changes colours and leaves transparency as it is."""
+    if source.mode != "RGBA" or kept.all():
+        return []
+    share = (np.asarray(source.getchannel("A"))[~kept] == 0).mean()
+    text = f"{share:.0%} of the edited pixels are fully transparent in the source and stay so; lay it on a background."
+    return [text] if share else []
+
+
+@lru_cache
+def _warn_once(note: str) -> None:
+    logger.warning(note)
 
 
 def _check_count(name: str, value: int) -> None:

@@ -237,7 +237,7 @@ result = edit("photo.jpg", prompt="Make the circle red.")
 result["image"].save("edited.png")
 ```
 
-`result` also has `mask`, `raw`, `token_composite`, `tokens` and `clear_fraction`."""
+`result` also has `mask`, `raw`, `token_composite`, `class_ids` and `clear_fraction`."""
 
 
 def data_name(recipe: dict) -> str:

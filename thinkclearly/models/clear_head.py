@@ -7,6 +7,7 @@ Source of the idea: peterN908/ThinkClearly (3_sft_finetune.py, the wrapper that 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from thinkclearly.config import is_local
 from thinkclearly.files import replacing_in, write_json, write_text
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.backbone import decode_tokens, embed_prompt, teacher_forced_hidden, tower_features
-from thinkclearly.models.config_files import read_config
+from thinkclearly.models.config_files import read_config, read_json
 from thinkclearly.models.prompt import PromptBatch
 from thinkclearly.models.scores import Scores, score_hidden
 from thinkclearly.models.weight_files import read_tensors
@@ -218,9 +219,9 @@ def read_base_name(directory: str | Path) -> str | None:
 
 
 def head_digest(weight: torch.Tensor, config: ClearConfig) -> str:
-    """Of a CLEAR head's weight and its gate, which every training and calibration changes: tells models apart."""
-    gate = f"{config.gate_bias} {config.gate_temperature}".encode()
-    return hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes() + gate).hexdigest()[:16]
+    """Of a CLEAR head's weight and its configuration: training, calibration and new defaults for edits change it."""
+    content = json.dumps(asdict(config), sort_keys=True).encode()
+    return hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes() + content).hexdigest()[:16]
 
 
 def write_clear_config(config: ClearConfig, directory: str | Path) -> None:
