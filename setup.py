@@ -41,6 +41,7 @@ setup(
         "pillow>=11.3",
         "pyarrow>=21",
         "pyyaml>=6.0",
+        "regex>=2024.11",
         "safetensors>=0.6",
         "scikit-image>=0.24",
         "scipy>=1.13",

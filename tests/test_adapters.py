@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny_runs import CODES, Touch, batch_of, fresh, make_trainer, records
 
 from thinkclearly.models.backbone import load_backbone
-from thinkclearly.models.clear_head import ClearConfig
+from thinkclearly.models.clear_head import ClearConfig, read_base_name
 from thinkclearly.training.adapters import load_base, load_clear_model, train_fully
 
 
@@ -129,10 +130,24 @@ def test_an_adapter_of_another_base_is_an_error(golden, saved):
         trainer._load_from_checkpoint(str(saved))
 
 
+def test_the_path_of_a_local_base_is_found_but_in_no_file_that_the_hub_would_get(golden, saved):
+    assert read_base_name(saved) == str(golden / "checkpoint")
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    files = [path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()]
+    shared = list(filter_repo_objects(files, ignore_patterns=DEFAULT_IGNORE_PATTERNS))
+    assert "adapter_config.json" in shared and "README.md" not in shared
+    assert not [name for name in shared if str(golden).encode() in (saved / name).read_bytes()]
+
+
+def test_a_readme_beside_the_weights_is_left_alone(golden, saved):
+    (saved / "README.md").write_text("Mine.\n")
+    load_clear_model(saved)[0].save_pretrained(saved)
+    assert (saved / "README.md").read_text() == "Mine.\n"
+    assert read_base_name(saved) == str(golden / "checkpoint")
+
+
 def test_an_adapter_must_name_a_base_that_exists(saved):
-    path = saved / "adapter_config.json"
-    settings = json.loads(path.read_text())
-    path.write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    shutil.rmtree(saved / ".cache")
     with pytest.raises(ValueError, match="names no base model; pass it as base="):
         load_clear_model(saved)
 

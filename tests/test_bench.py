@@ -13,7 +13,7 @@ from thinkclearly import cli, load_editor
 from thinkclearly.bench import cases
 from thinkclearly.bench.loops import reference_loop, transformers_generate
 from thinkclearly.bench.measure import Run, copy_bandwidth, interleaved, summary, weight_bytes
-from thinkclearly.bench.run import TRAINED, BenchArguments, random_case, targets
+from thinkclearly.bench.run import TINY_CLEAR, BenchArguments, random_case, targets
 from thinkclearly.bench.scripted import SMALL_TOWERS, changed_patches, random_model
 from thinkclearly.bench.tables import render
 from thinkclearly.data.shapes import packaged_photos, random_edit
@@ -28,7 +28,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 
 @pytest.fixture(scope="module")
 def editor():
-    return load_editor(str(TRAINED))
+    return load_editor(str(TINY_CLEAR))
 
 
 @pytest.fixture(scope="module")

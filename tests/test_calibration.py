@@ -102,20 +102,20 @@ def test_training_stores_what_it_found(editor, tmp_path, caplog):
     """On a model that is trained already: what training leaves in memory and in its folder."""
     config = editor.model.clear_config
     rows = build_data(
-        DataArguments(limit=4, eval_samples=6, prepared_dir=str(tmp_path / "data")),
+        DataArguments(calibration_edits=6, prepared_dir=str(tmp_path / "data")),
         Backbone(editor.model.base, editor.processor),
-    ).test
+        ["calibration"],
+    ).calibration
     args = ClearTrainingArguments(output_dir=str(tmp_path / "run"), eval_strategy="no", per_device_eval_batch_size=3)
     collator = EditCollator(editor.processor, editor.model.vocabulary)
     trainer = ClearEditTrainer(editor.model, editor.processor, config.clear_weight, collator, args=args)
     trainer.save_model()
     config.gate_bias = 5.0
-    found = jobs.calibrate_model(trainer, rows, count=6)
+    found = jobs.calibrate_model(trainer, rows)
     saved = read_clear_config(tmp_path / "run")
     assert saved == config and saved.gate_bias == found["gate_bias"] != 5.0
-    assert jobs.calibrate_model(trainer, rows, count=0) == {}
-    assert "uncalibrated" not in caplog.text, "that is what was asked for"
-    assert jobs.calibrate_model(trainer, rows.remove_columns("source"), count=6) == {}
+    caplog.clear()
+    assert jobs.calibrate_model(trainer, None) == {}
     assert "The gate stays uncalibrated: no held-out records with pictures" in caplog.text
 
 
@@ -144,7 +144,7 @@ def test_merged_in_float32_only_and_with_the_same_tokens(editor, rows):
     half = load_editor(str(TINY.parent / "tiny_clear"), dtype=torch.bfloat16)
     assert merged(half.model) == {False}
     for row in rows[:3]:
-        ids = [e.edit(row["source"], row["instruction"]).ids for e in (editor, folded)]
+        ids = [e.edit(row["source"], row["instruction"]).class_ids for e in (editor, folded)]
         assert torch.equal(*ids)
 
 

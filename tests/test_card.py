@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from thinkclearly.hub.card import model_card
+from thinkclearly.hub.card import model_card, write_card
 from thinkclearly.hub.pipeline import DEFAULT_MODEL
 from thinkclearly.models.clear_head import HEAD_FILE, head_digest, read_clear_config, write_clear_config
 from thinkclearly.models.weight_files import read_tensors
@@ -47,6 +47,19 @@ def test_it_tells_base_data_metrics_recipe_and_use(run):
     assert "![step 000002](samples/step_000002.png)" in card.text and "lora_r: 4" in card.text
     assert 'edit = pipeline("clear-edit", model="you/edit")' in card.text
     assert "More Information Needed" not in card.text
+
+
+def test_the_folder_that_training_leaves_has_a_card_without_a_path(run):
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"base_model": LEFT_OUT, "source": "folder", "path": LEFT_OUT}))
+    settings = json.loads((run / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(run)}
+    (run / "adapter_config.json").write_text(json.dumps(settings))
+    for name in (None, "you/edit"):
+        write_card(run, name)
+        text = (run / "README.md").read_text()
+        assert str(run) not in text and "base_model_id" in text and f'model="{name or "NAME"}"' in text
+    (run / "README.md").write_text("---\n: broken\n---\nMine.\n")
+    write_card(run)
+    assert "Mine." in (run / "README.md").read_text()
 
 
 def test_it_does_not_name_a_package_that_is_not_ours(run):

@@ -180,6 +180,11 @@ def test_a_base_model_cannot_edit_and_has_no_other_base(base, capsys, caplog):
     assert "is a base model, not a fine-tune; leave out base=" in message
 
 
+def test_the_shipped_base_cannot_edit_and_says_what_can(capsys, caplog):
+    message = fails(capsys, caplog, "edit", "--model", "tiny", "--image", "a.png", "--instruction", "x")
+    assert "'tiny' is the base model that ships along" in message and "leave out --model" in message
+
+
 def test_a_fine_tune_that_is_incomplete_is_not_taken_for_a_base(golden, base, tmp_path, capsys, caplog):
     for name in ("adapter_config.json", "adapter_model.safetensors", "clear_meta.json"):
         (tmp_path / name).write_bytes((golden / "finetune" / name).read_bytes())
@@ -273,7 +278,7 @@ def samples(tmp_path):
 def test_prepare_writes_statistics_examples_and_records(base, samples, tmp_path, capsys, caplog):
     argv = ["prepare", "--base_model", base, *samples, "--output_dir", tmp_path / "look"]
     files = ["--jsonl", tmp_path / "records" / "train.jsonl", "--export_folder", tmp_path / "copy"]
-    assert thinkclearly(*argv, "--eval_samples", 1, *files) == 0
+    assert thinkclearly(*argv, "--eval_samples", 1, "--calibration_edits", 0, *files) == 0
     statistics = json.loads((tmp_path / "look" / "statistics.json").read_text())
     assert statistics["records"] == 3 and statistics["patches"] == 36
     assert 0 < statistics["clear_ratio"]["labels"]["mean"] < 1
@@ -292,8 +297,11 @@ def test_prepare_writes_statistics_examples_and_records(base, samples, tmp_path,
 
 
 def test_prepare_that_leaves_nothing_to_train_on(base, samples, capsys, caplog):
-    message = fails(capsys, caplog, "prepare", "--base_model", base, *samples)
-    assert message == "ValueError: eval_samples=50 of 4 records leaves none to train on; lower it or add data"
+    message = fails(capsys, caplog, "prepare", "--base_model", base, *samples, "--limit", 2)
+    assert message == (
+        "ValueError: 2 records are too few to hold some out (eval_samples=50, calibration_edits=64); add data, or set "
+        "these to 0"
+    )
 
 
 def test_calibrate_writes_what_it_found_beside_the_weights(tmp_path, capsys, caplog):
@@ -301,15 +309,15 @@ def test_calibrate_writes_what_it_found_beside_the_weights(tmp_path, capsys, cap
     shutil.copytree(TINY.parent / "tiny_clear", model)
     content = json.loads((model / CONFIG_FILE).read_text())
     (model / CONFIG_FILE).write_text(json.dumps(content | {"gate_bias": 3.0, "gate_temperature": 0.5}))
-    data = ["--limit", 4, "--eval_samples", 6, "--prepared_dir", tmp_path / "prepared"]
+    data = ["--limit", 4, "--calibration_edits", 6, "--prepared_dir", tmp_path / "prepared"]
     assert thinkclearly("calibrate", "--model", model, *data) == 0
     (prepared,) = (tmp_path / "prepared").glob("*/preparation.json")
-    assert json.loads(prepared.read_text())["records"] == 6  # the held-out pictures, not those to train on
+    assert json.loads(prepared.read_text())["records"] == 6  # neither those to train on nor those that are reported
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
     found = json.loads((model / CONFIG_FILE).read_text())
     assert found["gate_temperature"] == pytest.approx(float(printed["gate_temperature"]), rel=1e-3) != 0.5
     assert found | {"gate_bias": 0, "gate_temperature": 0} == content | {"gate_bias": 0, "gate_temperature": 0}
-    message = fails(capsys, caplog, "calibrate", "--model", model, "--eval_samples", 0, *data[:2], *data[4:])
+    message = fails(capsys, caplog, "calibrate", "--model", model, "--calibration_edits", 0, *data[:2], *data[4:])
     assert "no held-out records with pictures" in message
 
 

@@ -34,9 +34,10 @@ def test_clear_pixels_are_the_source_and_distant_ones_the_edit(width, height, ge
     grid, size = geometry
     box, clear = Letterbox(width, height, size), mask(grid, share, seed)
     source, edited = noise(width, height, seed + 1), noise(width, height, seed + 2)
-    result = np.asarray(composite(source, edited, clear, box, radius))
+    image, kept = composite(source, edited, clear, box, radius)
+    result = np.asarray(image)
     pixels = box.unfit_grid(clear)
-    assert np.array_equal(result[pixels], np.asarray(source)[pixels])
+    assert np.array_equal(kept, pixels) and np.array_equal(result[kept], np.asarray(source)[kept])
     between = np.minimum(np.asarray(source), edited) <= result
     assert (between & (result <= np.maximum(np.asarray(source), edited))).all()
     # Brute force: pixels with no CLEAR pixel within the feather.
@@ -53,7 +54,7 @@ def test_radius_zero_is_a_hard_edge():
     box, clear = Letterbox(96, 64, 96), mask(6, 0.5, 0)
     source, edited = noise(96, 64, 1), noise(96, 64, 2)
     expected = np.where(box.unfit_grid(clear)[..., None], source, edited)
-    assert np.array_equal(composite(source, edited, clear, box, 0.0), expected)
+    assert np.array_equal(composite(source, edited, clear, box, 0.0)[0], expected)
 
 
 @pytest.mark.parametrize("feather", ["inside", "two_sided"])
@@ -62,14 +63,15 @@ def test_bands_do_not_show(monkeypatch, feather):
     source, edited = noise(150, 230, 1), noise(150, 230, 2)
     whole = composite(source, edited, clear, box, 6.0, feather)
     monkeypatch.setattr(module, "BAND", 7)
-    assert np.array_equal(composite(source, edited, clear, box, 6.0, feather), whole)
+    for found, expected in zip(composite(source, edited, clear, box, 6.0, feather), whole):
+        assert np.array_equal(found, expected)
 
 
 def test_the_blend_rises_away_from_clear():
     clear = np.zeros((6, 6), bool)
     clear[:, :3] = True
     black, white = Image.new("RGB", (96, 96)), Image.new("RGB", (96, 96), "white")
-    row = np.asarray(composite(black, white, clear, Letterbox(96, 96, 96), 4.0))[50, :, 0]
+    row = np.asarray(composite(black, white, clear, Letterbox(96, 96, 96), 4.0)[0])[50, :, 0]
     assert row[:48].max() == 0
     assert row[48:53].tolist() == [51, 102, 153, 204, 255]
     assert row[53:].min() == 255
@@ -83,7 +85,9 @@ def test_two_sided_is_the_originals_procedure(seed):
     alpha = Image.fromarray(np.uint8(clear) * 255).resize((384, 384), Image.Resampling.NEAREST)
     alpha = np.asarray(alpha.filter(ImageFilter.GaussianBlur(8)), np.float64)[..., None] / 255
     expected = alpha * np.asarray(source) + (1 - alpha) * np.asarray(edited)
-    found = np.asarray(composite(source, edited, clear, Letterbox(384, 384, 384), 8.0, "two_sided"), np.float64)
+    image, kept = composite(source, edited, clear, Letterbox(384, 384, 384), 8.0, "two_sided")
+    found = np.asarray(image, np.float64)
+    assert np.array_equal(kept, alpha[..., 0] == 1) and np.array_equal(found[kept], np.asarray(source)[kept])
     assert np.abs(found - expected).max() <= 0.5 + 1e-3  # rounding to bytes
 
 
@@ -117,7 +121,7 @@ def test_a_photograph_needs_a_few_times_its_size(feather):
     width, height = 4000, 3000
     source, edited = Image.new("RGB", (width, height), "red"), Image.new("RGB", (width, height), "blue")
     tracemalloc.start()
-    result = composite(source, edited, mask(24, 0.3, 0), Letterbox(width, height, 384), 2.0, feather)
+    result, _ = composite(source, edited, mask(24, 0.3, 0), Letterbox(width, height, 384), 2.0, feather)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert result.size == (width, height)

@@ -81,11 +81,13 @@ def test_more_booleans(recipe, tmp_path):
 
 
 def test_lists(recipe):
-    assert parse(recipe("include: [scarf, blue]"))[2].include == ["scarf", "blue"]
-    assert parse(recipe("include: scarf"))[2].include == ["scarf"]
-    assert parse(recipe("include: [2, red]"))[2].include == ["2", "red"], "words, even if they look like numbers"
-    assert parse("--include", "scarf", "blue")[2].include == ["scarf", "blue"]
-    assert parse(recipe("include: [scarf]"), "--include", "hat")[2].include == ["hat"]
+    source = "source: magicbrush\n"
+    assert parse(recipe(source + "include: [scarf, blue]"))[2].include == ["scarf", "blue"]
+    assert parse(recipe(source + "include: scarf"))[2].include == ["scarf"]
+    found = parse(recipe(source + "include: [2, red]"))[2].include
+    assert found == ["2", "red"], "words, even if they look like numbers"
+    assert parse("--source", "magicbrush", "--include", "scarf", "blue")[2].include == ["scarf", "blue"]
+    assert parse(recipe(source + "include: [scarf]"), "--include", "hat")[2].include == ["hat"]
     options = {"kinds": [ClearTrainingArguments]}
     assert parse(recipe("report_to: none"), **options)[0].report_to == []
     assert parse(recipe("report_to: [none]"), **options)[0].report_to == []
@@ -128,6 +130,9 @@ def test_mappings_reach_the_fields_that_take_them(recipe, capsys):
         ("clear_weight: .nan", "clear_weight=nan"),
         ("drop_all: 1.5", "drop_all=1.5; expected a share"),
         ("source: folder", "folder needs path"),
+        ("limit: 0", "limit=0; expected 1 or more"),
+        ("eval_samples: -1", "eval_samples=-1; expected 0 or more"),
+        ("calibration_edits: -1", "calibration_edits=-1; expected 0 or more"),
         ("- lora_r", "expected `key: value` lines, found list"),
         ("", "found NoneType"),
         ("lora_r: [", "is not valid YAML"),
@@ -140,6 +145,29 @@ def test_mappings_reach_the_fields_that_take_them(recipe, capsys):
 )
 def test_what_is_wrong_is_named(recipe, capsys, text, message):
     assert message in error_of(capsys, recipe(text))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"source": "shapes", "path": "photos"}, "path"),
+        ({"source": "shapes", "include": ["red"]}, "include"),
+        ({"source": "shapes", "shuffle": True}, "shuffle"),
+        ({"source": "magicbrush", "photos_folder": "photos"}, "photos_folder"),
+        ({"source": "folder", "shapes_size": 96}, "shapes_size"),
+        ({"source": "folder", "turn_index": 1}, "turn_index"),
+        ({"source": "sharegpt4o", "streaming": True}, "streaming"),
+        ({"source": "prepared", "split": "dev"}, "split"),
+        ({"source": "jsonl", "clear_label": "tokens"}, "clear_label"),
+        ({"source": "jsonl", "cache_features": True}, "cache_features"),
+        ({"source": "magicbrush", "path": "dev.parquet", "split": "dev"}, "split"),
+    ],
+)
+def test_an_option_that_a_source_cannot_use_is_refused_by_name(options, name):
+    path = {} if options["source"] == "shapes" else {"path": "somewhere"}
+    with pytest.raises(ValueError, match=f"^{name}="):
+        DataArguments(**path | options)
+    DataArguments(**path | {"source": options["source"]})
 
 
 @pytest.mark.parametrize("tag", ["object:builtins.open", "object/apply:os.system", "name:os.system", "module:os"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from janus_reference import between, pictures_of, t2i_keys, t2i_text
 from torch.nn.functional import pad
 
+from thinkclearly.decoding.cache import masked_attention
 from thinkclearly.decoding.engine import GROWTH, MAX_BLOCK, MIN_BLOCK, decode
 from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.models.backbone import embed_prompt, image_features
@@ -225,6 +227,27 @@ def test_without_copying_blocks_change_nothing_either(base, edits):
         for block in (0, 7):
             many = decoded_in_blocks(base, edits[3], settings, block, copy=copy)
             assert torch.equal(many.tokens, one.tokens) and many.passes <= one.passes
+
+
+def test_two_threads_share_a_models_attention_and_leave_it_as_it_was(golden):
+    pair = load_base(str(golden / "checkpoint"), attn_implementation="eager")
+    language_model, seen = pair[0].base.model.language_model, []
+    first_is_in, second_is_in = threading.Event(), threading.Event()
+
+    def first():
+        with masked_attention(language_model):
+            first_is_in.set()
+            second_is_in.wait(60)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    first_is_in.wait(60)
+    with masked_attention(language_model):
+        second_is_in.set()
+        thread.join()
+        seen.append(language_model.config._attn_implementation)
+    assert seen == ["sdpa"], "the first one out took it from the second"
+    assert language_model.config._attn_implementation == "eager"
 
 
 def test_infinite_weights_and_biases_are_refused():

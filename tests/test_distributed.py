@@ -147,6 +147,7 @@ def test_two_processes_prepare_and_edit_as_one(golden, one_process, tmp_path):
     for i in range(5):
         pictures[i][0].crop((0, 0, 96, 60 + i)).save(tmp_path / "photos" / f"{i}.png")
     prepare = {"base_model": golden / "checkpoint", "source": "folder", "path": tmp_path / "pairs", "eval_samples": 0}
+    prepare["calibration_edits"] = 0
     edit = {"model": one_process["lora"], "input": tmp_path / "photos", "instruction": "Make it red.", "batch_size": 2}
     jobs, tables, lines = {}, {}, {}
     for name in ("one", "two"):

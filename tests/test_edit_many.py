@@ -1,10 +1,14 @@
 """Editing at scale: every kind of input, nothing done twice, and a bad item is named."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
+import icc
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from thinkclearly import cli
@@ -12,6 +16,8 @@ from thinkclearly.data.shapes import packaged_photos
 from thinkclearly.data.sources import BadRecord
 from thinkclearly.editing import batch
 from thinkclearly.editing.editor import Editor
+from thinkclearly.editing.settings import EditSettings
+from thinkclearly.images import load_image
 from thinkclearly.training.adapters import load_clear_model
 
 WORDS = "Make it blue."
@@ -57,7 +63,7 @@ def test_a_folder_a_jsonl_and_a_data_set_give_the_same_items(photos, tmp_path):
     for source in (tmp_path / "edits.parquet", tmp_path / "disk"):
         table, _ = batch.read_items(str(source))
         assert table["key"] == found["key"] and table["instruction"] == found["instruction"]
-        pictures = [batch.load_image(image) for image in table["image"]]
+        pictures = [load_image(image) for image in table["image"]]
         assert [picture.size for picture in pictures] == [(60 + 10 * i, 80) for i in range(5)]
 
 
@@ -69,7 +75,7 @@ def test_results_are_those_of_single_edits_and_the_table_names_them(editor, phot
     assert [(row["key"], row["sample"]) for row in table] == [(key, k) for key in items["key"] for k in (0, 1)]
     row = table[9]
     alone = editor.edit(photos / "more/4.png", WORDS, num_images=2, seed=3, temperature=0.0)[1]
-    assert row["tokens"] == alone.tokens.tolist() and row["clear_fraction"] == alone.clear_fraction
+    assert row["fed_codes"] == alone.fed_codes.tolist() and row["clear_fraction"] == alone.clear_fraction
     assert row["instruction"] == WORDS and row["passes"] == alone.passes and row["seconds"] > 0
     assert Image.open(tmp_path / row["pixel_composite"]).tobytes() == alone.image.tobytes()
     assert (tmp_path / row["raw_model"]).is_file() and (tmp_path / row["clear_mask"]).is_file()
@@ -96,8 +102,87 @@ def test_an_interrupted_run_goes_on_where_it_stopped(editor, photos, tmp_path, m
     assert edit(editor, items, tmp_path, batch_size=2).edited == 0
     others, _ = batch.read_items(str(photos), "Make it red.")
     assert edit(editor, others, tmp_path, batch_size=5).edited == 5, "other words are another edit"
-    with pytest.raises(ValueError, match="model='golden' .now 'other'.*--output_dir"):
-        batch.edit_items(editor, items, tmp_path, run={"model": "other"})
+
+
+FAST = {"use_cfg": False, "block": 64}
+
+
+@pytest.fixture
+def two(photos, tmp_path):
+    """Two photographs that may be changed."""
+    for name in ("0.png", "1.png"):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        shutil.copy(photos / name, tmp_path / "photos" / name)
+    return tmp_path / "photos"
+
+
+def test_a_replaced_photo_is_edited_anew_and_its_neighbour_is_not(editor, two, tmp_path, caplog):
+    items, _ = batch.read_items(str(two), WORDS)
+    assert edit(editor, items, tmp_path / "out", **FAST).edited == 2
+    before = {name: (tmp_path / "out" / name / "result.json").stat().st_mtime_ns for name in ("0_png", "1_png")}
+    Image.open(two / "1.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(two / "1.png")
+    caplog.set_level("INFO")
+    assert edit(editor, items, tmp_path / "out", **FAST).edited == 1
+    assert "1 items have another picture or instruction than before: 1.png" in caplog.text
+    after = {name: (tmp_path / "out" / name / "result.json").stat().st_mtime_ns for name in ("0_png", "1_png")}
+    assert after["0_png"] == before["0_png"] and after["1_png"] > before["1_png"]
+    saved = Image.open(tmp_path / "out" / "1_png" / "input_image.png")
+    assert np.array_equal(saved, Image.open(two / "1.png"))
+    (two / "1.png").write_bytes(b"no picture")
+    report = edit(editor, items, tmp_path / "out", on_bad_record="skip", **FAST)
+    table = datasets.Dataset.from_parquet(str(tmp_path / "out/results.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert report.edited == 0 and len(report.skipped) == 1 and table["key"] == ["0.png"], "no row of the old picture"
+
+
+def test_another_model_gate_or_setting_is_refused_by_name(editor, two, tmp_path, golden):
+    items, _ = batch.read_items(str(two), WORDS)
+    edit(editor, items, tmp_path / "out", **FAST)
+
+    def refused(changed, message, **options):
+        with pytest.raises(ValueError, match=f"{message}.*Give another --output_dir"):
+            edit(changed, items, tmp_path / "out", **FAST | options)
+
+    refused(editor, r"settings.clear_bias=0.0 \(now 1.0\)", clear_bias=1.0)
+    refused(Editor(editor.model, editor.processor, EditSettings(top_k=3)), r"settings.top_k=0 \(now 3\)")
+    other = Editor(*load_clear_model(golden / "finetune", base=golden / "checkpoint"))
+    other.model.clear_config.gate_bias = 0.25
+    refused(other, r"clear_config.gate_bias=0.0 \(now 0.25\)")
+    other.model.clear_config.gate_bias = 0.0
+    with torch.no_grad():
+        other.model.clear_head.bias += 0.5
+    refused(other, "weights='")
+    with pytest.raises(ValueError, match="seed=None .now 1"):
+        batch.edit_items(editor, items, tmp_path / "out", run={"model": "golden", "seed": 1}, temperature=0.0, **FAST)
+    same = batch.edit_items(editor, items, tmp_path / "out", run={"model": "moved"}, temperature=0.0, **FAST)
+    assert same.edited == 0, "the same weights at another path"
+
+
+def test_results_in_the_input_folder_are_no_input(editor, two, caplog):
+    caplog.set_level("INFO")
+    for output in (two / "red", two / "more" / "blue"):
+        items, _ = batch.read_items(str(two), WORDS, output_dir=output)
+        assert items["key"] == ["0.png", "1.png"]
+        edit(editor, items, output, **FAST)
+        assert len(list(two.rglob("*.png"))) > 2
+    items, _ = batch.read_items(str(two), WORDS, output_dir=two / "red")
+    assert items["key"] == ["0.png", "1.png"] and "16 pictures are results of editing, not input" in caplog.text
+    with pytest.raises(ValueError, match="is the input and the output_dir"):
+        batch.read_items(str(two), WORDS, output_dir=two)
+    with pytest.raises(ValueError, match="found results of editing and no other picture"):
+        batch.read_items(str(two / "more"), WORDS, output_dir="elsewhere")
+
+
+def test_a_photo_s_colours_transparency_and_exif_reach_the_files(editor, two, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x013B] = 6, "Ada"
+    photo = Image.open(two / "0.png").convert("RGBA")
+    photo.putalpha(100)
+    photo.save(two / "0.png", icc_profile=icc.display_p3(), exif=exif)
+    items, _ = batch.read_items(str(two), WORDS)
+    edit(editor, items, tmp_path / "out", **FAST)
+    found = Image.open(tmp_path / "out/0_png/pixel_composite.png")
+    assert found.size == photo.size[::-1] and found.mode == "RGBA" and found.getchannel("A").getextrema() == (100, 100)
+    assert found.info["icc_profile"] == icc.display_p3() and dict(found.getexif()) == {0x013B: "Ada"}
 
 
 def test_a_bad_item_is_named_or_skipped(editor, photos, tmp_path):

@@ -1,19 +1,29 @@
 """Edits are repeatable, do not depend on what they are decoded with, and leave what is CLEAR to the byte."""
 
+import io
 import json
 import math
 import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 
+import icc
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from janus_reference import between, t2i_keys, t2i_text
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from thinkclearly.colour import seen
+from thinkclearly.decoding.engine import Decoded
+from thinkclearly.editing.batch import edit_items
 from thinkclearly.editing.editor import Editor
+from thinkclearly.editing.session import EditSession
 from thinkclearly.editing.settings import EditSettings
+from thinkclearly.images import Letterbox, load_image, load_photo
 from thinkclearly.training.adapters import load_base, load_clear_model
 
 pytestmark = pytest.mark.golden
@@ -58,17 +68,17 @@ def test_several_samples_differ_and_each_is_its_own(editor, pictures, bias, size
     three = editor.edit(pictures[1], INSTRUCTIONS[0], num_images=3, **options)
     five = editor.edit(pictures[1], INSTRUCTIONS[0], num_images=5, **options)
     assert len(three) == 3 and len(five) == 5
-    assert len({tuple(result.ids.tolist()) for result in five}) == 5
+    assert len({tuple(result.class_ids.tolist()) for result in five}) == 5
     for k, result in enumerate(three):
         assert result.sample == k and result.seed == 3
-        assert torch.equal(result.ids, five[k].ids)
-        assert torch.equal(result.tokens, five[k].tokens)
+        assert torch.equal(result.class_ids, five[k].class_ids)
+        assert torch.equal(result.fed_codes, five[k].fed_codes)
         assert largest_difference(result.image, five[k].image) <= 1
-        assert result.tokens.max() < sizes.codes, "no instruction goes back into the model"
+        assert result.fed_codes.max() < sizes.codes, "no instruction goes back into the model"
     alone = editor.edit(pictures[1], INSTRUCTIONS[0], **options)
-    assert torch.equal(alone.ids, three[0].ids)
+    assert torch.equal(alone.class_ids, three[0].class_ids)
     other = editor.edit(pictures[1], INSTRUCTIONS[0], **options | {"seed": 4})
-    assert not torch.equal(other.ids, alone.ids)
+    assert not torch.equal(other.class_ids, alone.class_ids)
     # Noise that is not noise (NaN, a constant) would repeat one code.
     assert len(set(alone.codes.tolist())) > sizes.positions // 4
 
@@ -80,8 +90,8 @@ def test_a_batch_gives_the_same_tokens_as_one_by_one(editor, pictures, bias, gui
     together = editor.edit_many(pictures, INSTRUCTIONS, **options)
     for picture, instruction, result in zip(pictures, INSTRUCTIONS, together, strict=True):
         alone = editor.edit(picture, instruction, **options)
-        assert torch.equal(result.ids, alone.ids)
-        assert torch.equal(result.tokens, alone.tokens)
+        assert torch.equal(result.class_ids, alone.class_ids)
+        assert torch.equal(result.fed_codes, alone.fed_codes)
         assert torch.equal(result.codes, alone.codes)
         torch.testing.assert_close(result.gate, alone.gate, atol=1e-4, rtol=1e-4)
         assert largest_difference(result.image, alone.image) <= 1
@@ -94,25 +104,25 @@ def test_settings_change_what_they_say(editor, pictures, bias, sizes):
     guided = editor.edit(pictures[0], INSTRUCTIONS[0], **options)
     free = editor.edit(pictures[0], INSTRUCTIONS[0], **options, use_cfg=False)
     full_row = editor.edit(pictures[0], INSTRUCTIONS[0], **options | {"cfg_weight": 1.0, "cfg_weight2": 0.0})
-    assert torch.equal(free.ids, full_row.ids), "weight 1 on the full row is no guidance"
+    assert torch.equal(free.class_ids, full_row.class_ids), "weight 1 on the full row is no guidance"
     assert not torch.equal(guided.codes, free.codes)
     nothing = editor.edit(pictures[0], INSTRUCTIONS[0], temperature=0.0, clear_bias=-1e4)
-    assert nothing.clear_fraction == 0 and torch.equal(nothing.codes, nothing.tokens)
+    assert nothing.clear_fraction == 0 and torch.equal(nothing.codes, nothing.fed_codes)
     everything = editor.edit(pictures[0], INSTRUCTIONS[0], temperature=0.0, clear_bias=1e4)
-    assert everything.clear_fraction == 1 and torch.equal(everything.tokens, everything.source_tokens)
+    assert everything.clear_fraction == 1 and torch.equal(everything.fed_codes, everything.source_tokens)
     assert np.array_equal(everything.image, everything.source)
     assert not np.array_equal(everything.raw, everything.token_composite), "raw is without CLEAR"
     joint = editor.edit(pictures[0], INSTRUCTIONS[0], temperature=1.0, clear_bias=bias, guidance="joint", top_k=3)
-    painted = joint.ids < sizes.codes
-    assert torch.equal(joint.codes[painted], joint.tokens[painted])
+    painted = joint.class_ids < sizes.codes
+    assert torch.equal(joint.codes[painted], joint.fed_codes[painted])
 
 
 def test_the_gate_decides_in_factorised_mode(editor, pictures, bias, sizes):
     result = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias)
-    copied = result.ids >= sizes.codes
+    copied = result.class_ids >= sizes.codes
     assert 0 < copied.float().mean() < 1
     assert torch.equal(copied, result.gate > 0)
-    assert torch.equal(result.tokens, torch.where(copied, result.source_tokens, result.ids))
+    assert torch.equal(result.fed_codes, torch.where(copied, result.source_tokens, result.class_ids))
     assert result.clear_fraction == pytest.approx(copied.float().mean().item())
     hot = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias, temperature=0)
     assert (hot.gate[0] - result.gate[0]).abs() < 1e-5, "sampling has no part in the first decision"
@@ -130,20 +140,120 @@ def test_a_large_photograph_keeps_its_size_and_its_clear_pixels(editor, bias):
     assert (found[~pixels] != source[~pixels]).any()
 
 
-def test_smoothing_changes_the_composite_not_the_mask(editor, pictures, bias):
+def test_smoothing_changes_composite_and_mask_but_not_the_gate_s(editor, pictures, bias):
     plain = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias)
     smooth = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias, mask_smooth_ksize=3, feather_radius_px=0)
-    assert torch.equal(plain.ids, smooth.ids)
-    assert np.array_equal(plain.mask, smooth.mask)
-    assert not np.array_equal(plain.clear, smooth.clear)
+    assert torch.equal(plain.class_ids, smooth.class_ids)
+    assert np.array_equal(plain.gate_mask, smooth.gate_mask) and np.array_equal(plain.mask, plain.gate_mask)
+    assert not np.array_equal(plain.mask, smooth.mask)
     expected = np.where(clear_pixels(smooth)[..., None], smooth.source, smooth.token_composite)
     assert np.array_equal(smooth.image, expected)
 
 
+MODES = {"RGB": 3, "RGBA": 4}
+
+
+@given(
+    size=st.tuples(st.integers(8, 150), st.integers(8, 150)),
+    mode=st.sampled_from(["RGB", "RGBA"]),
+    profile=st.sampled_from([None, icc.display_p3()]),
+    share=st.sampled_from([0.0, 0.2, 0.6, 0.9, 1.0]),
+    asked=st.fixed_dictionaries(
+        {
+            "mask_smooth_ksize": st.sampled_from([1, 3, 5]),
+            "mask_smooth_passes": st.integers(0, 2),
+            "feather_radius_px": st.sampled_from([0.0, 0.5, 2.0, 8.0, 40.0]),
+            "feather": st.sampled_from(["inside", "two_sided"]),
+        }
+    ),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_pixel_that_the_mask_calls_clear_is_the_source_s(editor, size, mode, profile, share, asked, seed):
+    """Over all settings of cleaning, smoothing and blending, from decoded classes on."""
+    rng, n = np.random.default_rng(seed), editor.processor.num_image_tokens
+    width, height = size
+    picture = Image.fromarray(rng.integers(0, 256, (height, width, MODES[mode]), np.uint8))
+    picture.info = {"icc_profile": profile}
+    source, box = load_photo(picture), Letterbox(width, height, editor.processor.image_size)
+    codes = torch.from_numpy(rng.integers(0, editor.model.clear_config.codebook_size, n))
+    ids = torch.where(torch.from_numpy(rng.random(n) < share), editor.model.clear_config.codebook_size, codes)
+    decoded = Decoded(ids[None], codes[None], codes[None], torch.zeros(1, n), 1, [[n]])
+    drawn = Image.fromarray(rng.integers(0, 256, (box.size, box.size, 3), np.uint8))
+    result = editor._result(0, 0, decoded, codes, drawn, None, source, box, EditSettings(**asked))
+    clear, before, after = np.asarray(result.mask) > 127, np.asarray(picture), np.asarray(result.image)
+    assert np.array_equal(after[clear], before[clear]) and result.clear_fraction == clear.mean()
+    assert result.image.mode == mode and result.image.info.get("icc_profile") == profile
+    assert np.array_equal(
+        np.asarray(result.gate_mask) > 127,
+        box.unfit_grid(ids.view(result.clear.shape) != codes.view(result.clear.shape)),
+    )
+    if asked["feather"] == "inside":
+        assert np.array_equal(clear, box.unfit_grid(result.clear))
+
+
+def p3_photo(picture, mode="RGB", **options):
+    """The picture in a Display-P3 file, its colours as strong as the screen allows."""
+    buffer = io.BytesIO()
+    load_image(picture).convert(mode).save(buffer, "PNG", icc_profile=icc.display_p3(), dpi=(300, 300), **options)
+    return buffer.getvalue()
+
+
+def test_a_display_p3_photo_keeps_its_colours_and_the_model_sees_srgb(editor, pictures, bias, tmp_path):
+    data = p3_photo(pictures[0])
+    result = editor.edit(data, INSTRUCTIONS[0], clear_bias=bias, feather_radius_px=0)
+    as_seen = editor.edit(load_image(data), INSTRUCTIONS[0], clear_bias=bias, feather_radius_px=0)
+    assert torch.equal(result.class_ids, as_seen.class_ids) and torch.equal(
+        result.source_tokens, as_seen.source_tokens
+    )
+    plain = editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias)
+    assert not torch.equal(plain.source_tokens, as_seen.source_tokens), "other colours"
+    stored, clear = np.asarray(Image.open(io.BytesIO(data))), np.asarray(result.mask) > 127
+    assert 0 < clear.mean() < 1 and np.array_equal(np.asarray(result.image)[clear], stored[clear])
+    # What was painted looks like what the model drew, though the numbers are others.
+    drawn, image, looks = (
+        np.asarray(p, int)[~clear] for p in (result.token_composite, result.image, seen(result.image))
+    )
+    assert np.abs(looks - drawn).mean() < 0.5 and np.abs(image - drawn).mean() > 3
+    for name in ("edited.png", "edited.jpg", "edited.webp", "edited.tiff"):
+        result.image.save(tmp_path / name)
+        assert Image.open(tmp_path / name).info["icc_profile"] == icc.display_p3()
+    result.save(tmp_path)
+    for name in ("input_image.png", "pixel_composite.png", "copy_matching_tokens.png"):
+        info = Image.open(tmp_path / name).info
+        assert info["icc_profile"] == icc.display_p3() and np.allclose(info["dpi"], 300, atol=0.1)
+    assert "icc_profile" not in Image.open(tmp_path / "raw_model.png").info
+
+
+def test_transparency_is_the_source_s_everywhere_and_hidden_paint_is_said(editor, pictures, bias):
+    glass = load_image(pictures[0]).convert("RGBA")
+    alpha = np.tile(np.linspace(0, 255, glass.width).astype(np.uint8), (glass.height, 1))
+    glass.putalpha(Image.fromarray(alpha))
+    result = editor.edit(glass, INSTRUCTIONS[0], clear_bias=bias, use_cfg=False)
+    assert np.array_equal(result.image.getchannel("A"), alpha)
+    clear = np.asarray(result.mask) > 127
+    assert np.array_equal(np.asarray(result.image)[clear], np.asarray(glass)[clear]), "hidden colours too"
+    as_seen = editor.edit(load_image(glass), INSTRUCTIONS[0], clear_bias=bias, use_cfg=False)
+    assert torch.equal(result.class_ids, as_seen.class_ids)
+    nothing = editor.edit(glass, INSTRUCTIONS[0], clear_bias=1e4, use_cfg=False)
+    assert np.array_equal(nothing.image, glass) and nothing.notes == ()
+    everything = editor.edit(glass, INSTRUCTIONS[0], clear_bias=-1e4, use_cfg=False)
+    assert everything.notes[0].endswith("fully transparent in the source and stay so; lay it on a background.")
+
+
+def test_a_picture_of_16_bits_says_that_it_comes_back_in_8(editor, caplog, tmp_path):
+    deep = Image.fromarray(np.full((20, 30), 0x8080, np.uint16))
+    results = [editor.edit(deep, "Night.", clear_bias=1e4) for _ in range(2)]
+    results[0].save(tmp_path)
+    notes = json.loads((tmp_path / "result.json").read_text())["notes"]
+    assert notes == list(results[1].notes) and "edited and saved in 8 bits" in notes[0]
+    assert caplog.text.count("edited and saved in 8 bits") == 1
+
+
 def test_a_base_without_head_edits_but_never_copies(base_editor, pictures, sizes, tmp_path):
     result = base_editor.edit(pictures[1], INSTRUCTIONS[0], num_images=2, clear_bias=1e4)[1]
-    assert result.clear_fraction == 0 and result.ids.max() < sizes.codes
-    assert torch.equal(result.ids, result.tokens) and torch.equal(result.ids, result.codes)
+    assert result.clear_fraction == 0 and result.class_ids.max() < sizes.codes
+    assert torch.equal(result.class_ids, result.fed_codes) and torch.equal(result.class_ids, result.codes)
     assert result.gate.isnan().all()
     assert np.array_equal(result.image, result.token_composite)
     result.save(tmp_path, trace=True)
@@ -167,7 +277,7 @@ def test_raw_and_decoded_source_are_drawn_when_asked_for(editor, pictures, bias)
 def test_saved_files_hold_the_result(editor, pictures, bias, sizes, tmp_path):
     result = editor.edit(pictures[1], INSTRUCTIONS[0], clear_bias=bias, seed=11)
     names = {f"{name}.png" for name in ("input_image", "input_decoded", "raw_model", "token_composite")}
-    names |= {"pixel_composite.png", "clear_mask.png", "copy_matching_tokens.png", "result.json"}
+    names |= {"pixel_composite.png", "clear_mask.png", "gate_mask.png", "copy_matching_tokens.png", "result.json"}
     result.save(tmp_path / "a" / "b")
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == names
     result.save(tmp_path / "c", trace=True)
@@ -176,11 +286,11 @@ def test_saved_files_hold_the_result(editor, pictures, bias, sizes, tmp_path):
     assert np.array_equal(Image.open(tmp_path / "c" / "input_image.png"), result.source)
     content = json.loads((tmp_path / "c" / "result.json").read_text())
     assert content["instruction"] == INSTRUCTIONS[0] and content["seed"] == 11
-    assert content["size"] == [*result.source.size] and content["ids"] == result.ids.tolist()
+    assert content["size"] == [*result.source.size] and content["class_ids"] == result.class_ids.tolist()
     assert EditSettings(**content["settings"]).clear_bias == bias
     trace = [json.loads(line) for line in (tmp_path / "c" / "token_trace.jsonl").read_text().splitlines()]
     assert [line["position"] for line in trace] == list(range(sizes.positions))
-    assert [line["id"] for line in trace] == result.ids.tolist()
+    assert [line["class_id"] for line in trace] == result.class_ids.tolist()
     line = trace[sizes.grid + 1]
     assert line["row"] == 1 and line["column"] == 1
     assert line["gate"] == pytest.approx(result.gate[sizes.grid + 1].item())
@@ -282,6 +392,40 @@ def test_answers_can_be_drawn(base_editor, pictures):
         base_editor.describe(pictures[0], "What is it?", temperature=1.0, top_p=2)
 
 
+def test_two_threads_edit_with_one_model(golden, pictures, bias):
+    """Attention that one thread switches back would make the other's blocks see what they should not."""
+    editor = Editor(*load_clear_model(golden / "finetune", base=golden / "checkpoint", attn_implementation="eager"))
+    jobs = [(picture, {"seed": seed, "clear_bias": bias}) for seed in range(2) for picture in pictures]
+    question = {"temperature": 1.0, "max_new_tokens": 8, "seed": 5}
+    edits = [editor.edit(picture, "Night.", **options).ids for picture, options in jobs]
+    answers = [editor.describe(picture, "What is it?", **question) for picture, _ in jobs]
+    state = torch.get_rng_state()
+    with ThreadPoolExecutor(3) as threads:
+        editing = [threads.submit(editor.edit, picture, "Night.", **options) for picture, options in jobs]
+        asking = [threads.submit(editor.describe, picture, "What is it?", **question) for picture, _ in jobs]
+        assert all(torch.equal(job.result().ids, ids) for job, ids in zip(editing, edits, strict=True))
+        assert [job.result() for job in asking] == answers
+    assert torch.equal(torch.get_rng_state(), state)
+    assert editor.model.base.model.language_model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.0, True, None, "1"], ids=str)
+def test_a_seed_that_cannot_key_noise_is_refused_wherever_one_enters(editor, pictures, tmp_path, seed):
+    message = rf"seed={seed!r}; expected a whole number from 0 to"
+    session = EditSession(editor, pictures[0])
+    for call in (
+        lambda: editor.edit(pictures[0], "Night.", seed=seed, temperature=0),
+        lambda: editor.edit_many(pictures[:1], ["Night."], seed=seed),
+        lambda: editor.generate("a red circle", seed=seed),
+        lambda: editor.describe(pictures[0], "What is it?", seed=seed),
+        lambda: session.edit("Night.", seed=seed),
+        lambda: edit_items(editor, [], tmp_path / "out", run={}, seed=seed),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not (tmp_path / "out").exists() and not session.history
+
+
 @pytest.fixture
 def widths(editor):
     """Rows of the batch in each pass of the language model."""
@@ -318,4 +462,4 @@ def test_finished_pictures_leave_the_batch(editor, pictures, widths):
     assert sorted(r.clear_fraction == 1 for r in results) == [False, False, True]
     assert widths[0] == 9 and widths[-1] < 9
     alone = [editor.edit(picture, "Night.", clear_bias=bias, temperature=0) for picture in pictures]
-    assert all(torch.equal(a.ids, b.ids) for a, b in zip(alone, results))
+    assert all(torch.equal(a.class_ids, b.class_ids) for a, b in zip(alone, results))

@@ -209,6 +209,25 @@ def test_results_of_other_settings_do_not_mix(output, model, archive, caplog):
     assert "holds edits made with" in caplog.text and "temperature" in caplog.text
 
 
+@pytest.mark.parametrize("changes", [{"edit": {"temperature": 0.5}}, {"clear_weight": 0.9}, {"gate_bias": 3.0}])
+def test_results_of_another_gate_or_other_defaults_do_not_mix(output, model, archive, tmp_path, changes, caplog):
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "clear_config.json").read_text())
+    (other / "clear_config.json").write_text(json.dumps(config | changes))
+    assert run("magicbrush", "--model", other, "--path", archive, "--output_dir", output) == 1
+    assert f"clear_config.{list(changes)[0]}=" in caplog.text and "weights=" not in caplog.text
+
+
+def test_pictures_that_were_edited_anew_are_measured_anew(output, model, archive, towers):
+    before = read(output)["results"]
+    for path in output.rglob("30-1/pixel_composite.png"):
+        Image.new("RGB", Image.open(path).size).save(path)
+    assert run("magicbrush", "--model", model, "--path", archive, "--output_dir", output, *towers) == 0
+    for setting, rows in read(output)["results"].items():
+        assert rows["pixel_composite"]["l1"] > before[setting]["pixel_composite"]["l1"]
+        assert rows["raw_model"] == before[setting]["raw_model"]
+
+
 def test_a_quantized_run_is_not_the_models_own_result(model, pie, towers, tmp_path, caplog):
     pytest.importorskip("bitsandbytes")
     shared = model / "benchmarks/pie-bench.json"
@@ -217,7 +236,7 @@ def test_a_quantized_run_is_not_the_models_own_result(model, pie, towers, tmp_pa
     assert run(*argv, "--output_dir", tmp_path / "small", "--load_in_8bit", "true") == 0 and not shared.exists()
     assert run(*argv, "--output_dir", tmp_path / "whole") == 0 and shared.exists()
     assert run(*argv, "--output_dir", tmp_path / "whole", "--load_in_8bit", "true") == 1
-    assert "holds edits made with load_in_8bit=None (now True)" in caplog.text
+    assert "holds edits made with" in caplog.text and "load_in_8bit=None (now True)" in caplog.text
 
 
 def test_a_part_is_called_a_part_and_goes_on_no_card(output, model, archive):

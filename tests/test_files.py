@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from thinkclearly.files import replacing, write_json, write_text
+from thinkclearly.files import A_DAY, new_folder, replacing, replacing_in, write_json, write_text
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):
@@ -31,6 +33,28 @@ def test_threads_that_write_the_same_file_do_not_meet(tmp_path):
     assert len(lines) == 1000 and len(set(lines)) == 1 and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_folder_is_whole_and_the_first_of_two_counts(tmp_path):
+    with new_folder(tmp_path / "a") as slow:
+        (slow / "file.txt").write_text("slow")
+        with new_folder(tmp_path / "a") as fast:
+            (fast / "file.txt").write_text("fast")
+            assert not (tmp_path / "a").exists()
+        assert [path.name for path in (tmp_path / "a").iterdir()] == ["file.txt"]
+    with pytest.raises(KeyError), new_folder(tmp_path / "b") as temporary:
+        (temporary / "file.txt").write_text("half")
+        raise KeyError
+    assert (tmp_path / "a" / "file.txt").read_text() == "fast" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_killed_processes_left_goes_but_not_what_others_write_now(tmp_path):
+    for name, age in (("old", 2 * A_DAY), ("new", 60)):
+        (tmp_path / f".a.{name}.tmp").mkdir()
+        os.utime(tmp_path / f".a.{name}.tmp", (time.time() - age,) * 2)
+    with new_folder(tmp_path / "a"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.new.tmp", "a"]
+
+
 def test_json_has_no_infinity(tmp_path):
     write_json(tmp_path / "a.json", {"a": [1.5, -math.inf, (math.inf, True, None)], "ü": math.nan})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
@@ -41,3 +65,22 @@ def test_json_has_no_infinity(tmp_path):
     found = json.loads(text, parse_constant=refuse)
     assert found == {"a": [1.5, "-inf", ["inf", True, None]], "ü": "nan"} and "ü" in text
     assert float(found["a"][1]) == -math.inf
+
+
+def test_files_written_in_place_replace_the_old_ones_together(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a").write_text("old")
+    os.link(tmp_path / "run" / "a", tmp_path / "held")
+    with pytest.raises(RuntimeError), replacing_in(tmp_path / "run") as folder:
+        (folder / "a").write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "run" / "a").read_text() == "old"
+    with replacing_in(tmp_path / "run") as folder:
+        (folder / "below").mkdir()
+        for name in ("a", "below/b"):
+            (folder / name).write_text("new")
+    assert {path.name: path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file()} == {
+        "a": "new",
+        "b": "new",
+    }
+    assert (tmp_path / "held").read_text() == "old"

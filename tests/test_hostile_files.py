@@ -229,6 +229,23 @@ def test_a_processor_for_other_pictures_is_refused(copy, name, changes):
         ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config"),
         ({"peft_type": "PROMPT_TUNING"}, "expected plain LoRA"),
         ({"peft_type": "NONSENSE"}, "NONSENSE"),
+        ({"lora_alpha": "many"}, "lora_alpha 'many'; expected a number"),
+        ({"lora_alpha": None}, "lacks lora_alpha"),
+        ({"target_modules": 5}, "target_modules 5; expected module names"),
+        ({"target_modules": ["q_proj", "(a+)+"]}, "target_modules .*; expected module names"),
+        ({"target_modules": "("}, "target_modules is '\\('"),
+        ({"target_modules": "q" * 10**5}, "at most 4096 characters"),
+        ({"target_modules": "nothing"}, "target_modules is 'nothing', which matches no module"),
+        ({"rank_pattern": {"(a|aa)+$": 4}}, "rank_pattern .*; expected ranks by module names"),
+        ({"alpha_pattern": {"(a|aa)+$": 4}}, "alpha_pattern .*; expected numbers by module names"),
+        ({"exclude_modules": "(a|aa)+$"}, "exclude_modules '.*where it is off"),
+        ({"layers_to_transform": [0]}, "layers_to_transform .*where it is off"),
+        ({"layers_pattern": ["(a|aa)+$"]}, "layers_pattern .*where it is off"),
+        ({"modules_to_save": ["(a|aa)+$"]}, "modules_to_save .*where it is off"),
+        ({"target_parameters": ["weight"]}, "target_parameters .*where it is off"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'.*where it is off"),
+        ({"bias": "all"}, "bias 'all'.*where it is off"),
+        ({"invented_later": {"x": 1}}, "invented_later .*where it is off"),
     ],
 )
 def test_adapter_configurations(copy, changes, message):
@@ -236,6 +253,69 @@ def test_adapter_configurations(copy, changes, message):
     edit_json(directory / "adapter_config.json", **changes)
     with pytest.raises(ValueError, match=message):
         load_clear_model(directory)
+
+
+# On "model.language_model.layers.0.self_attn.q_proj" Python's own engine tries 2 ** 45 ways.
+@pytest.mark.parametrize("pattern", ["(?:(?:.|.)){45}x?l", r"(?:[\w.]|[\w.])*\d"])
+def test_a_pattern_of_modules_that_never_ends_is_refused(copy, pattern):
+    directory = copy("finetune")
+    edit_json(directory / "adapter_config.json", target_modules=pattern)
+    with pytest.raises(ValueError, match="adapter_config.json: target_modules is .*, a pattern that cannot be used"):
+        load_clear_model(directory)
+
+
+def test_modules_may_be_a_list_or_an_honest_pattern(copy):
+    directory = copy("finetune")
+    want = load_clear_model(directory)[0].state_dict()
+    names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    names = [
+        f"language_model.layers.{layer}.{p}.{n}" for layer in range(20) for p in ("self_attn", "mlp") for n in names
+    ]
+    for targets in (
+        names + ["generation_head.proj_out", "vision_head"],
+        r".*language_model.*_proj|.*generation_head\.(proj_out|vision_head)",
+    ):
+        edit_json(directory / "adapter_config.json", target_modules=targets, invented_later=None)
+        found = load_clear_model(directory)[0].state_dict()
+        assert found.keys() == want.keys() and all(torch.equal(found[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "part", "key", "other"),
+    [
+        ("finetune", "adapter_config.json", None, "lora_alpha", "Lora_alpha"),
+        ("finetune", "clear_config.json", None, "gate_bias", "Gate_bias"),
+        ("native", "config.json", "text_config", "rms_norm_eps", "RMS_norm_eps"),
+        ("deepseek", "config.json", "language_config", "rms_norm_eps", "Rms_Norm_Eps"),
+    ],
+)
+def test_names_in_other_letters_are_not_passed_over(copy, kind, name, part, key, other):
+    path = copy(kind) / name
+    content = json.loads(path.read_text())
+    settings = content[part] if part else content
+    value = settings.pop(key)
+    settings[other] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{name} has '{other}'; expected '{key}'"):
+        LOAD[kind](path.parent)
+    settings[key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{name} has '{other}' and '{key}' in one object"):
+        LOAD[kind](path.parent)
+
+
+def test_a_name_that_stands_twice_is_refused(copy):
+    path = copy("finetune") / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha":', '"lora_alpha": 1, "lora_alpha":'))
+    with pytest.raises(ValueError, match="has 'lora_alpha' and 'lora_alpha' in one object"):
+        load_clear_model(path.parent)
+
+
+def test_processor_files_are_read_as_strictly(copy):
+    path = copy("deepseek") / "preprocessor_config.json"
+    edit_json(path, Image_mean=[0, 0, 0])
+    with pytest.raises(ValueError, match="preprocessor_config.json has 'image_mean' and 'Image_mean'"):
+        load_backbone(path.parent)
 
 
 VALUES = st.recursive(

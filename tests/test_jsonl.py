@@ -23,7 +23,8 @@ def read(tmp_path, content, **options):
 def test_instruction_tokens_become_ids(tmp_path):
     dataset, skipped = read(tmp_path, json.dumps(GOOD))  # the last line needs no newline
     assert skipped == [] and dataset.features == FEATURES
-    assert dataset[0] == {"instruction": "make it red", "input_tokens": [0, 1, 2, 15], "output_tokens": [16, 1, 2, 15]}
+    found = dataset.remove_columns("origins")[0]
+    assert found == {"instruction": "make it red", "input_tokens": [0, 1, 2, 15], "output_tokens": [16, 1, 2, 15]}
     line = json.dumps({**GOOD, "output_tokens": ["<BLUR>", "<CLEAR>", 0, 0]})
     dataset, _ = read(tmp_path, line, names=("CLEAR", "BLUR"))
     assert dataset[0]["output_tokens"] == [17, 16, 0, 0]
@@ -48,6 +49,8 @@ def test_instruction_tokens_become_ids(tmp_path):
         ({"instruction": ""}, "'instruction' is ''"),
         ({"instruction": None}, "'instruction' is None"),
         ({"instruction": "\ud800"}, "surrogate"),
+        ({"origins": "a"}, "'origins' is 'a', expected a list of names"),
+        ({"origins": [1]}, r"'origins' is \[1\], expected a list of names"),
     ],
 )
 def test_bad_records_are_named(tmp_path, change, message):
@@ -56,6 +59,13 @@ def test_bad_records_are_named(tmp_path, change, message):
         read(tmp_path, content)
     dataset, skipped = read(tmp_path, content, on_bad_record="skip")
     assert len(dataset) == 1 and len(skipped) == 1 and "data.jsonl:2" in skipped[0]
+
+
+def test_without_origins_the_codes_tell_what_is_the_same_picture(tmp_path):
+    following = {**GOOD, "input_tokens": [0, 1, 2, 15], "output_tokens": [7, 7, 7, 7]}  # the target of GOOD
+    dataset, _ = read(tmp_path, "\n".join(map(json.dumps, (GOOD, following))))
+    assert dataset[0]["origins"][1] == dataset[1]["origins"][0] != dataset[1]["origins"][1]
+    assert read(tmp_path, json.dumps({**GOOD, "origins": ["a"]}))[0]["origins"][:] == [["a"]]
 
 
 def test_bad_files(tmp_path):
@@ -79,7 +89,7 @@ def test_bad_files(tmp_path):
 def test_failed_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("old")
-    rows = [{"instruction": "a", "input_tokens": [0] * N, "output_tokens": [K + 1] * N}]
+    rows = [{"instruction": "a", "input_tokens": [0] * N, "output_tokens": [K + 1] * N, "origins": []}]
     with pytest.raises(ValueError, match="record 0: 'output_tokens' holds 17, expected 0 to 16"):
         write_jsonl(Dataset.from_list(rows, features=FEATURES), path, K)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
@@ -88,11 +98,14 @@ def test_failed_writing_leaves_the_old_file(tmp_path):
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 codes = st.lists(st.integers(0, K - 1), min_size=N, max_size=N)
 labels = st.lists(st.integers(0, K + 1), min_size=N, max_size=N)
+origins = st.lists(text, min_size=1, max_size=3)
 
 
 @given(
     rows=st.lists(
-        st.fixed_dictionaries({"instruction": text, "input_tokens": codes, "output_tokens": labels}),
+        st.fixed_dictionaries(
+            {"instruction": text, "input_tokens": codes, "output_tokens": labels, "origins": origins}
+        ),
         min_size=1,
         max_size=5,
     )

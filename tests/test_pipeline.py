@@ -1,12 +1,16 @@
 """pipeline("clear-edit") behaves like any other pipeline, and edits as the editor does."""
 
 import runpy
+import struct
 import sys
 import threading
+import zlib
+from contextlib import suppress
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import icc
 import numpy as np
 import pytest
 import torch
@@ -44,18 +48,42 @@ def edit(finetune):
 
 
 def tokens(outputs):
-    return [output.tokens.tolist() for output in outputs]
+    return [output.class_ids.tolist() for output in outputs]
 
 
 def test_it_gives_what_the_editor_gives(edit, finetune, names):
     expected = thinkclearly.load_editor(finetune).edit(names[1], PROMPTS[0], seed=5)
     output = edit(names[1], prompt=PROMPTS[0], seed=5)
-    assert set(output) >= {"image", "mask", "raw", "token_composite", "tokens", "clear_fraction"}
+    assert set(output) >= {"image", "mask", "raw", "token_composite", "class_ids", "clear_fraction"}
     for name in ("image", "mask", "raw", "token_composite"):
         assert np.array_equal(output[name], getattr(expected, name))
-    assert output.tokens.tolist() == expected.ids.tolist() and 0 < output["clear_fraction"] < 1
+    assert output.class_ids.tolist() == expected.class_ids.tolist() and 0 < output["clear_fraction"] < 1
     source, clear = np.asarray(Image.open(names[1]).convert("RGB")), np.asarray(output.mask) > 127
     assert output.image.size == Image.open(names[1]).size and (np.asarray(output.image)[clear] == source[clear]).all()
+
+
+def test_pictures_that_nobody_asks_for_are_not_decoded(edit, names):
+    output = edit(names[0], prompt="Night.", use_cfg=False)
+    assert not {"raw", "input_decoded"} & set(vars(output.result))
+    assert output.raw is output["raw"] is output.result.raw and "input_decoded" not in vars(output.result)
+
+
+def test_a_name_means_the_same_in_the_output_and_in_the_result(edit, names):
+    output = edit(names[0], prompt="Night.", use_cfg=False)
+    for name in set(output) - {"prompt"}:
+        assert output[name] is getattr(output.result, name) or name == "gate_mask"
+    assert output.prompt == output.result.instruction == "Night."
+    assert len(output) == len(list(output)) and "tokens" not in output and "Night." in repr(output)
+    with pytest.raises(AttributeError, match="no 'tokens'; choose from .*class_ids, fed_codes, codes"):
+        _ = output.tokens
+
+
+def test_a_photo_s_profile_and_transparency_stay(edit, names, tmp_path):
+    glass = Image.open(names[0]).convert("RGBA")
+    glass.putalpha(100)
+    glass.save(tmp_path / "glass.png", icc_profile=icc.display_p3())
+    for output in edit([str(tmp_path / "glass.png")] * 2, prompt="Night.", use_cfg=False, batch_size=2):
+        assert output.image.mode == "RGBA" and output.image.info["icc_profile"] == icc.display_p3()
 
 
 def test_a_picture_may_be_a_path_bytes_pil_an_array_or_a_row(edit, names):
@@ -111,9 +139,48 @@ def test_a_url_is_read_like_a_file(edit, golden, names):
     assert tokens([found]) == tokens([edit(names[0], prompt="Night.", seed=1)])
 
 
+class Endless(BaseHTTPRequestHandler):
+    """Never stops sending; at `/bomb.png` a short picture that says it is 20,000 x 20,000 pixels."""
+
+    sent = 0
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        if self.path == "/bomb.png":
+            chunks = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0), b"IDAT"
+            parts = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+            self.wfile.write(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+            return
+        with suppress(ConnectionError):
+            while True:
+                Endless.sent += self.wfile.write(bytes(2**16))
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_url_gives_no_more_than_a_picture(edit, monkeypatch):
+    monkeypatch.setattr("thinkclearly.hub.pipeline.MAX_DOWNLOAD", 2**20)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(
+            ValueError, match="Item 1: .*endless.png cannot be read: it is larger than 1,048,576 bytes"
+        ):
+            edit(
+                [{"image": Image.new("RGB", (32, 32)), "prompt": "a"}, {"image": f"{url}/endless.png", "prompt": "a"}]
+            )
+        with pytest.raises(ValueError, match="20000x20000|more than .* pixels"):
+            edit(f"{url}/bomb.png", prompt="Night.")
+        server.shutdown()
+    assert Endless.sent < 2**25  # what was on its way when the connection was closed
+
+
 def test_without_the_package_the_repository_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "thinkclearly.hub.pipeline", None)
-    with pytest.raises(ImportError, match="pip install thinkclearly"):
+    with pytest.raises(ImportError, match="`pip install .` in a checkout"):
         runpy.run_path(str(Path(thinkclearly.__file__).parent / "hub" / "remote_pipeline.py"))
 
 
@@ -131,7 +198,7 @@ def test_samples_and_seeds(edit, names):
 def test_steps_are_reported_and_settings_pass_through(edit, names, finetune):
     steps = []
     output = edit(names[0], prompt="Night.", temperature=0.0, callback=lambda done, total: steps.append((done, total)))
-    assert steps[-1] == (len(output.tokens), len(output.tokens)) and output.passes > 0
+    assert steps[-1] == (len(output.class_ids), len(output.class_ids)) and output.passes > 0
     greedy = pipeline("clear-edit", model=str(finetune), device="cpu", temperature=0.0)
     assert tokens([greedy(names[0], prompt="Night.", seed=9)]) == tokens([output])
     with pytest.raises(TypeError, match="temprature.*temperature"):

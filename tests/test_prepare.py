@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import threading
 import time
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ def same(a, b):
 def test_columns(rows, prepared):
     assert set(prepared.column_names) == {
         "key", "instruction", "source", "input_tokens", "target_tokens", "output_tokens", "pixel_difference",
-        "mask_tokens",
+        "mask_tokens", "origins",
     }  # fmt: skip
     assert prepared["key"][:] == rows["key"][:] and prepared["instruction"][:] == rows["instruction"][:]
     for name in ("input_tokens", "target_tokens", "output_tokens", "pixel_difference", "mask_tokens"):
@@ -175,9 +176,10 @@ def test_an_interrupted_run_goes_on(rows, prepared, backbone, tmp_path, small_sh
     prepare_dataset(rows, backbone, tmp_path)
     done, lost = shards(tmp_path)[0], shards(tmp_path)[1]
     stamp = (done / "state.json").stat().st_mtime_ns
-    # As a killed run leaves it: half a folder under the temporary name.
-    lost.rename(lost.with_suffix(".tmp"))
-    (lost.with_suffix(".tmp") / "data-00000-of-00001.arrow").write_bytes(b"half")
+    # As a killed run leaves it: half a folder under a temporary name.
+    left = lost.rename(lost.with_name(f".{lost.name}.0123.tmp"))
+    (left / "data-00000-of-00001.arrow").write_bytes(b"half")
+    os.utime(left, (0, 0))
     encoded_pictures.clear()
     assert same(prepare_dataset(rows, backbone, tmp_path), prepared)
     assert encoded_pictures == [4]
@@ -217,6 +219,25 @@ def test_preparation_file(rows, prepared, backbone, tmp_path):
     assert info == {
         "codebook_size": K, "image_size": 96, "num_image_tokens": N, "dtype": "float32", "records": 6, "skipped": [],
     }  # fmt: skip
+
+
+def test_of_two_runs_that_prepare_the_same_data_one_finds_what_the_other_wrote(
+    rows, prepared, backbone, tmp_path, small_shards, monkeypatch
+):
+    calls, results = [], []
+
+    def interrupted(janus, pixels):
+        """In the middle of the first shard another run comes and goes."""
+        calls.append(len(pixels))
+        if len(calls) == 1:
+            results.append(prepare_dataset(rows, backbone, tmp_path))
+        return encode_tokens(janus, pixels)
+
+    monkeypatch.setattr(prepare, "encode_tokens", interrupted)
+    results.append(prepare_dataset(rows, backbone, tmp_path))
+    assert all(same(result, prepared) for result in results)
+    assert len(calls) == 1 + 3  # the shard that had begun, and all three of the other run
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 # Batches and workers
@@ -282,6 +303,24 @@ def flawed(tmp_path):
     (data / "sample_0002/metadata.json").write_text(json.dumps({"instruction": " "}))
     (data / "sample_0004/target.png").unlink()
     return sources.folder(data)
+
+
+def test_a_target_of_another_shape_than_its_source_is_a_bad_record(backbone, tmp_path):
+    turned, cropped = noise(3, 40, 50), noise(3, 50, 38)
+    data = pairs(tmp_path / "data", (noise(0), noise(1), None), (noise(2), turned, None), (noise(2), cropped, None))
+    with pytest.raises(BadRecord, match="sample_0001: the source is 50x40, the target 40x50: of another shape"):
+        prepare_dataset(data, backbone, tmp_path / "prepared")
+    left = prepare_dataset(data, backbone, tmp_path / "prepared", on_bad_record="skip")
+    assert left["key"][:] == ["sample_0000"]
+
+
+def test_a_target_whose_size_was_rounded_lies_patch_over_patch(backbone, tmp_path):
+    """As editors do that work in multiples of 16: 500 x 375 comes back as 512 x 384, or as 512 x 376."""
+    source = Image.linear_gradient("L").resize((500, 375)).convert("RGB")
+    for size in ((1000, 750), (512, 376), (512, 392)):
+        data = pairs(tmp_path / f"{size}", (source, source.resize(size), None))
+        row = prepare_dataset(data, backbone, tmp_path / f"prepared {size}")[0]
+        assert max(row["pixel_difference"]) <= 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])

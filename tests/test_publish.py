@@ -16,17 +16,19 @@ import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
+from tiny_runs import make_trainer, records
 
 from thinkclearly import load_editor
 from thinkclearly.config import _NOT_SHARED, effective_recipe
 from thinkclearly.data import sources
 from thinkclearly.data.prepare import load_encoded, prepare_dataset
-from thinkclearly.hub.publish import check_publishable, push, staged
-from thinkclearly.jobs import TRAIN_OPTIONS, ClearTrainingArguments, train
+from thinkclearly.files import write_text
+from thinkclearly.hub.publish import check_publishable, push, staged, staged_checkpoint
+from thinkclearly.jobs import TRAIN_OPTIONS, train
 from thinkclearly.models.backbone import base_hash, codebook_hash, load_backbone
 from thinkclearly.models.clear_head import ClearConfig
 from thinkclearly.recipe import LEFT_OUT, RecipeParser
-from thinkclearly.training.adapters import add_lora
+from thinkclearly.training.adapters import add_lora, load_clear_model
 
 BIN = Path(sys.executable).parent
 INSTRUCTION = "Make the red circle blue."
@@ -139,9 +141,39 @@ def test_held_out_pictures_of_local_data_are_shared_only_when_asked(finetune, tm
         assert (sample in names(folder)) is not is_shared
 
 
+def test_what_is_pushed_stays_what_it_was_when_training_saves_again(golden, finetune, tmp_path):
+    run = shutil.copytree(finetune, tmp_path / "run")
+    model, processor = load_clear_model(run)
+    with torch.no_grad():
+        model.clear_head.bias.add_(1)
+        for name, parameter in model.named_parameters():
+            parameter.mul_(2 if "lora_B" in name else 1)
+    for name in ("tokenizer_config.json", "tokenizer.json"):  # as an older version wrote them
+        write_text(run / name, (run / name).read_text() + "\n")
+    with share(run) as folder:
+        before = {name: (folder / name).read_bytes() for name in names(folder)}
+        make_trainer((model, processor), records(golden, 1), run).save_model()
+        assert {name: (folder / name).read_bytes() for name in names(folder)} == before
+    for name in ("adapter_model.safetensors", "gen_head_clear.safetensors", "tokenizer_config.json", "tokenizer.json"):
+        assert before[name] != (run / name).read_bytes()
+    assert not list(run.glob("*.tmp")) and (run / "optimizer.pt").read_text() == "secret"
+
+
+def test_a_whole_checkpoint_goes_without_paths_of_this_machine(golden, finetune, tmp_path):
+    checkpoint = shutil.copytree(finetune, tmp_path / "checkpoint-2")
+    state = {"global_step": 2, "best_model_checkpoint": str(checkpoint)}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    with staged_checkpoint(checkpoint) as folder:
+        assert {"optimizer.pt", "rng_state.pth", "adapter_model.safetensors"} <= names(folder)
+        assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 2
+        for path in (tmp_path, golden):
+            assert not any(str(path).encode() in (folder / name).read_bytes() for name in names(folder))
+    assert json.loads((checkpoint / "trainer_state.json").read_text()) == state
+
+
 def test_a_local_base_model_is_refused_until_its_hub_id_is_given(golden, finetune):
     base = str(golden / "checkpoint")
-    with pytest.raises(ValueError, match=f"names '{base}' as the base model.*--base_model_id"):
+    with pytest.raises(ValueError, match=f"has the base model '{base}'.*--base_model_id"):
         with share(finetune, base_model_id=None):
             pass
     with share(finetune, base_model_id="they/janus") as folder:
@@ -173,13 +205,6 @@ def test_training_that_could_not_be_pushed_does_not_begin(golden, tmp_path):
 def test_other_folders_are_not_taken_for_a_fine_tune(tmp_path):
     with pytest.raises(FileNotFoundError, match="lacks gen_head_clear.safetensors.*thinkclearly train"):
         push(tmp_path, "you/edit")
-
-
-def test_saved_training_arguments_hold_no_token(tmp_path):
-    arguments = ClearTrainingArguments(output_dir=str(tmp_path), hub_token="hf_of_you")
-    torch.save(arguments, tmp_path / "training_args.bin")
-    assert arguments.hub_token == "hf_of_you"
-    assert b"hf_of_you" not in (tmp_path / "training_args.bin").read_bytes()
 
 
 # A value other than the default for every option whose type alone does not say which words it takes.
@@ -246,18 +271,19 @@ def test_the_recipe_repeats_the_run_whatever_its_options(values, tmp_path, monke
         assert name not in chosen or expected[name] != default or name == "source", f"{name}: try another value"
 
 
-def test_the_recipe_names_no_path_of_this_machine_and_asks_for_what_it_left_out(tmp_path, capsys):
-    argv = ["--base_model", str(tmp_path), "--output_dir", str(tmp_path), "--source", "jsonl"]
-    argv += ["--path", str(tmp_path / "a.jsonl"), "--photos_folder", str(tmp_path), "--hub_token", "hf_of_you"]
+@pytest.mark.parametrize(("source", "place"), [("jsonl", "path"), ("shapes", "photos_folder")])
+def test_the_recipe_names_no_path_of_this_machine_and_asks_for_what_it_left_out(source, place, tmp_path, capsys):
+    argv = ["--base_model", str(tmp_path), "--output_dir", str(tmp_path), "--source", source]
+    argv += [f"--{place}", str(tmp_path / "data"), "--hub_token", "hf_of_you"]
     recipe = effective_recipe(*RecipeParser(TRAIN_OPTIONS).parse(argv))
     assert str(tmp_path) not in str(recipe) and "hub" not in str(recipe)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(SystemExit):
         RecipeParser(TRAIN_OPTIONS, prog="thinkclearly train").parse([str(tmp_path / "recipe.yaml")])
     assert "required: --base_model" in capsys.readouterr().err
-    given = ["--base_model", "you/base", "--path", "b.jsonl", "--photos_folder", "photos"]
+    given = ["--base_model", "you/base", f"--{place}", "mine"]
     model, _, data, *_ = RecipeParser(TRAIN_OPTIONS).parse([str(tmp_path / "recipe.yaml"), *given])
-    assert (model.base_model, data.path, data.photos_folder) == ("you/base", "b.jsonl", "photos")
+    assert (model.base_model, getattr(data, place)) == ("you/base", "mine")
 
 
 # ---- the same edits in other forms -------------------------------------------------------------------------------
@@ -282,7 +308,7 @@ def test_merged_weights_and_the_originals_format_edit_as_the_adapter_does(golden
                 len(list(folder.glob("model-*-of-*.safetensors"))) > 1
                 and not (folder / "adapter_config.json").exists()
             )
-    assert torch.equal(found.ids, expected.ids) and found.image.tobytes() == expected.image.tobytes()
+    assert torch.equal(found.class_ids, expected.class_ids) and found.image.tobytes() == expected.image.tobytes()
     torch.testing.assert_close(found.gate, expected.gate, atol=1e-4, rtol=1e-4)
 
 
@@ -403,7 +429,7 @@ print(json.dumps({
     "private": api.model_info("you/edit").private,
     "pull request": request.pr_url,
     "peft": all((adapter[key.replace(".weight", ".default.weight")] == saved[key]).all().item() for key in saved),
-    "ids": [load_editor("you/edit", revision=revision).edit(photo, instruction, seed=3).ids.tolist()
+    "ids": [load_editor("you/edit", revision=revision).edit(photo, instruction, seed=3).class_ids.tolist()
             for revision in ("main", "v1")],
     "data": [list(encoded[name]) for name in ("key", "target_tokens")],
     "wrong token": message(push, finetune, "you/edit", token="hf_wrong", **options),
@@ -445,7 +471,7 @@ def test_what_was_pushed_is_listed_downloaded_and_used(golden, finetune, prepare
     assert seen["models"] == ["you/again", "you/base", "you/edit"] and seen["private"]
     assert seen["refs"] == [["main", "pt"], ["v1"]] and len(seen["commits"]) == 2
     assert seen["peft"]
-    assert seen["ids"] == [landscape(golden, finetune).ids.tolist()] * 2
+    assert seen["ids"] == [landscape(golden, finetune).class_ids.tolist()] * 2
     cards = [ModelCard(hub.files("you/edit", name)["README.md"].decode()) for name in ("main", "refs/pr/1")]
     assert [card.data.license for card in cards] == [None, "mit"] and seen["pull request"].endswith("/discussions/1")
 
@@ -514,6 +540,9 @@ def test_push_to_hub_in_a_recipe_shares_what_push_shares(shared, tmp_path):
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= set(files)
     secret = ("hf_of_you", str(tmp_path))
     assert not [name for name, content in files.items() if any(word.encode() in content for word in secret)]
+    left = [path for path in (tmp_path / "clear").rglob("*") if path.is_file()]
+    assert not [path for path in left if any(word.encode() in path.read_bytes() for word in secret)]
+    assert 'pipeline("clear-edit", model="you/trained")' in (tmp_path / "clear" / "README.md").read_text()
     adapter = (tmp_path / "clear" / "adapter_model.safetensors").read_bytes()
     assert files["adapter_model.safetensors"] == files["last-checkpoint/adapter_model.safetensors"] == adapter
     card = ModelCard(files["README.md"].decode())

@@ -9,12 +9,14 @@ import torch
 pytest.importorskip("bitsandbytes")
 
 from thinkclearly import cli, load_editor  # noqa: E402
-from thinkclearly.bench.run import TRAINED  # noqa: E402
 from thinkclearly.data.shapes import packaged_photos, random_edit  # noqa: E402
 from thinkclearly.images import Letterbox  # noqa: E402
 from thinkclearly.models.backbone import encode_tokens, image_features, load_backbone  # noqa: E402
 from thinkclearly.models.quantization import quantization  # noqa: E402
-from thinkclearly.training.adapters import load_clear_model  # noqa: E402
+from thinkclearly.training.adapters import (
+    TINY_CLEAR,  # noqa: E402
+    load_clear_model,  # noqa: E402
+)
 
 
 def layers_below(model, kind):
@@ -39,12 +41,12 @@ def test_towers_and_heads_stay_what_they_were(bits, kind):
 def test_edits_are_nearly_those_of_float32_and_copies_exact(bits, caplog):
     edits = [random_edit(11, i, packaged_photos("test")) for i in range(3)]
     pictures, words = [edit.render(64)[0] for edit in edits], [edit.instruction for edit in edits]
-    editor = load_editor(str(TRAINED), quantization_config=quantization(bits, torch.float32))
+    editor = load_editor(str(TINY_CLEAR), quantization_config=quantization(bits, torch.float32))
     with caplog.at_level(logging.WARNING):
         found = editor.edit_many(pictures, words)
     assert "cast" not in caplog.text
-    for result, plain in zip(found, load_editor(str(TRAINED)).edit_many(pictures, words)):
-        assert (result.tokens == plain.tokens).float().mean() > 0.8
+    for result, plain in zip(found, load_editor(str(TINY_CLEAR)).edit_many(pictures, words)):
+        assert (result.fed_codes == plain.fed_codes).float().mean() > 0.8
         clear = torch.from_numpy(Letterbox(*result.source.size, 64).unfit_grid(result.clear))
         edited, source = (torch.from_numpy(np.array(p)) for p in (result.image, result.source))
         assert clear.any() and torch.equal(edited[clear], source[clear])

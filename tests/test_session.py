@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 
+import icc
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -12,7 +13,7 @@ from thinkclearly.data.shapes import Background, Scene, Shape, packaged_photos
 from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.session import SESSION_FILE, EditSession
 from thinkclearly.hub.pipeline import DEFAULT_MODEL
-from thinkclearly.images import load_image
+from thinkclearly.images import load_photo
 from thinkclearly.training.adapters import load_clear_model
 
 WORDS = ["Make the blue star red.", "add a white circle at the top left", "remove the black square"]
@@ -85,6 +86,22 @@ def test_smoothing_counts_as_touched_what_it_took_away(editor, photo):
     assert same(np.asarray(session.image)[~session.touched], np.asarray(photo)[~session.touched])
 
 
+def test_a_photo_s_colours_and_transparency_go_through_turns_and_files(editor, photo, tmp_path):
+    glass, buffer = photo.convert("RGBA"), io.BytesIO()
+    glass.putalpha(Image.fromarray(np.tile(np.arange(101, 202, dtype=np.uint8), (67, 1))))
+    glass.save(buffer, "PNG", icc_profile=icc.display_p3(), dpi=(300, 300))
+    session = EditSession(editor, buffer.getvalue())
+    for words in WORDS[:2]:
+        session.edit(words)
+    session.save(tmp_path)
+    session = EditSession.load(editor, tmp_path)
+    assert same(session.first, glass) and session.touched.any()
+    assert same(np.asarray(session.image)[~session.touched], np.asarray(glass)[~session.touched])
+    for picture in (session.first, session.image):
+        assert picture.info["icc_profile"] == icc.display_p3() and np.allclose(picture.info["dpi"], 300, atol=0.1)
+        assert same(picture.getchannel("A"), glass.getchannel("A"))
+
+
 def test_a_file_that_wants_turning_or_laying_over_white_gets_it_once(editor, photo):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -96,8 +113,8 @@ def test_a_file_that_wants_turning_or_laying_over_white_gets_it_once(editor, pho
     photo.save(keyed, format="PNG", transparency=photo.getpixel((0, 0)))
     for picture in (turned.getvalue(), glass, keyed.getvalue()):
         session = EditSession(editor, picture)
-        assert same(session.first, load_image(picture)) and not session.first.info
-        assert same(session.first, load_image(session.first))
+        assert same(session.first, load_photo(picture)) and not {"exif", "transparency"} & set(session.first.info)
+        assert same(session.first, load_photo(session.first))
     assert same(EditSession(editor, turned.getvalue()).first, ImageOps.exif_transpose(Image.open(turned)))
 
 

@@ -139,9 +139,10 @@ def test_chosen_operations():
 
 
 def test_photographs():
-    train, test = packaged_photos("train"), packaged_photos("test")
-    assert not {Image.open(path).tobytes() for path in train} & {Image.open(path).tobytes() for path in test}
-    assert len(train) == 7 and len(test) == 2
+    parts = [packaged_photos(split) for split in ("train", "calibration", "test")]
+    assert [len(part) for part in parts] == [7, 3, 2]
+    assert len({Image.open(path).tobytes() for part in parts for path in part}) == 12
+    train = parts[0]
     drawn = {random_edit(0, i, train).before.background.photo for i in range(200)}
     assert drawn == {*train, ""}
     assert not any(random_edit(0, i, []).before.background.photo for i in range(20))

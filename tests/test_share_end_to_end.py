@@ -23,7 +23,7 @@ photo, prompt, output = sys.argv[1:]
 edit = pipeline("clear-edit", model="you/edit", config="you/edit", trust_remote_code=True, device="cpu")
 result = edit(photo, prompt=prompt, seed=3)
 result.image.save(output)
-print(json.dumps(result.tokens.tolist()))
+print(json.dumps(result.class_ids.tolist()))
 """
 
 
@@ -53,7 +53,7 @@ def test_train_push_and_edit_elsewhere_with_the_same_pixels(hub, photo, tmp_path
     found = run(
         [sys.executable, "-c", REMOTE, path, prompt, tmp_path / "remote.png"], client(hub, tmp_path / "remote")
     )
-    assert json.loads(found.stdout.splitlines()[-1]) == expected.ids.tolist()
+    assert json.loads(found.stdout.splitlines()[-1]) == expected.class_ids.tolist()
     assert Image.open(tmp_path / "remote.png").tobytes() == expected.image.tobytes()
     # The lines that the card prints, as they are.
     (snippet,) = re.findall(r"```python\n(.*?)```", hub.files("you/edit")["README.md"].decode(), flags=re.S)

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,26 +174,45 @@ def test_shapes():
     for found, expected in zip((example.source, example.target, example.mask), edit.render(48)):
         assert np.array_equal(found, expected)
     test = sources.shapes(3, 48, seed=7, split="test")
-    assert test["key"][0] == f"shapes[7:{sources.TEST_OFFSET}]"
+    assert test["key"][0] == f"shapes[7:{sources.OFFSETS['test']}]"
     assert test[0]["source"] != sources.shapes(3, 48, seed=7)[0]["source"]
 
 
 def test_shapes_over_own_photos(tmp_path):
-    Image.new("RGB", (64, 64), (1, 254, 1)).save(tmp_path / "green.jpg", quality=100)
+    for side in (64, 65, 66):
+        Image.new("RGB", (side, side), (1, 254, 1)).save(tmp_path / f"{side}.jpg", quality=100)
     (tmp_path / "notes.txt").write_text("no picture")
     dataset = sources.shapes(8, 48, photos_folder=tmp_path)
     corners = [read_example(row).source.getpixel((0, 0)) for row in dataset]
     assert any(max(abs(a - b) for a, b in zip(corner, (1, 254, 1))) < 8 for corner in corners)
-    Image.new("RGB", (64, 64), (254, 1, 254)).save(tmp_path / "green.jpg", quality=100)  # new content: nothing stale
+    for side in (64, 65, 66):  # new content: nothing stale
+        Image.new("RGB", (side, side), (254, 1, 254)).save(tmp_path / f"{side}.jpg", quality=100)
     sources.shape_generator._photo.cache_clear()
     again = sources.shapes(8, 48, photos_folder=tmp_path)
     assert any(a["source"] != b["source"] for a, b in zip(dataset, again))
 
 
+def test_no_photograph_of_a_folder_is_drawn_on_in_two_parts(tmp_path):
+    for i in range(10):
+        photo(i, 64, 64).save(tmp_path / f"{i}.png")
+        shutil.copy(tmp_path / f"{i}.png", tmp_path / f"copy of {i}.png")
+    parts = [sources.photos_of(split, tmp_path) for split in sources.PARTS]
+    assert [len(part) for part in parts] == [12, 4, 4]
+    contents = [{Path(path).read_bytes() for path in part} for part in parts]
+    assert len(set.union(*contents)) == sum(map(len, contents)) == 10
+
+
+def test_too_few_photographs_for_three_parts(tmp_path):
+    for name, seed in (("a.png", 1), ("b.png", 2), ("copy of b.png", 2)):
+        photo(seed, 64, 64).save(tmp_path / name)
+    with pytest.raises(ValueError, match="2 different pictures; expected 3 or more"):
+        sources.shapes(2, 48, photos_folder=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "dev"}, "'train' and 'test'"),
+        ({"split": "dev"}, "'dev': the built-in shapes have train, calibration, test"),
         ({"operations": ("explode",)}, "expected some of"),
         ({"operations": ()}, "expected some of"),
         ({"count": 0}, "at least 1"),

@@ -182,6 +182,7 @@ def test_sigterm_saves_first_and_a_full_disk_spoils_nothing(tmp_path, one_thread
 def test_half_a_checkpoint_is_removed_and_never_the_last(tmp_path):
     for name, state in {"2": "{}", "4": '{"global_step": 4}', "6": '{"global_s', "8": "", "10": None}.items():
         (tmp_path / f"checkpoint-{name}").mkdir()
+        (tmp_path / f"checkpoint-{name}" / "run.json").write_text("{}")
         if state is not None:
             (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-best").mkdir()
@@ -194,4 +195,4 @@ def test_half_a_checkpoint_is_not_resumed_from_when_it_is_asked_for(tmp_path, ca
     half = tmp_path / "checkpoint-3"
     half.mkdir()
     assert train(tmp_path, "--resume_from_checkpoint", str(half)) == 1
-    assert f"{half} is no checkpoint or was not written to its end" in caplog.text
+    assert f"{half} is no checkpoint of ours or was not written to its end" in caplog.text

@@ -14,11 +14,22 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from thinkclearly.recipe import DTYPES, LEFT_OUT, check_choice, option
 
+SOURCES = ("shapes", "magicbrush", "folder", "sharegpt4o", "jsonl", "prepared")
+# Data options that not every source can use: given to another one, they would be ignored.
+_USED_BY = {
+    **dict.fromkeys(("shapes_size", "photos_folder"), ("shapes",)),
+    **dict.fromkeys(("split", "turn_index", "streaming"), ("magicbrush",)),
+    **dict.fromkeys(("path", "shuffle", "include", "exclude", "match"), SOURCES[1:]),
+    **dict.fromkeys(
+        ("clear_label", "pixel_tolerance", "cache_features"), tuple(name for name in SOURCES if name != "jsonl")
+    ),
+}
+
 # Of the machine, the moment or an account, not of the model; and aliases, whose values the new names carry.
 _NOT_SHARED = (
     *("output_dir", "prepared_dir", "prepare_workers", "run_name", "resume_from_checkpoint", "dry_run"),
     *("use_cpu", "do_eval", "disable_tqdm", "local_rank", "project", "trackio_space_id", "trackio_bucket_id"),
-    *("trackio_static_space_id", "include_num_input_tokens_seen", "share_samples"),
+    *("trackio_static_space_id", "include_num_input_tokens_seen", "share_samples", "overwrite_output_dir"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
 )
 _PATHS = ("base_model", "path", "photos_folder")
@@ -124,7 +135,10 @@ class DataArguments:
     photos_folder: str | None = option(
         None, "shapes: draw on the photographs of this folder instead of the packaged ones."
     )
-    eval_samples: int = option(50, "Records held out for evaluation.")
+    eval_samples: int = option(50, "Records held out for evaluation; 0 for none.")
+    calibration_edits: int = option(
+        64, "Records held out to calibrate the gate; neither trained on nor reported. 0 for none."
+    )
     clear_label: str = option("pixels", "Where CLEAR is the label: equal tokens, pixels, or outside the human mask.")
     pixel_tolerance: int = option(16, "clear_label=pixels: largest difference of an unchanged patch, of 255.")
     on_bad_record: str = option("error", "error stops at a bad record, skip leaves it out and lists it.")
@@ -139,12 +153,23 @@ class DataArguments:
     split_seed: int = option(42, "Seed of shuffling, of the held-out split and of the built-in shapes.")
 
     def __post_init__(self):
-        check_choice("source", self.source, ("shapes", "magicbrush", "folder", "sharegpt4o", "jsonl", "prepared"))
+        check_choice("source", self.source, SOURCES)
         check_choice("match", self.match, ("any", "all"))
         check_choice("clear_label", self.clear_label, ("tokens", "pixels", "mask"))
         check_choice("on_bad_record", self.on_bad_record, ("error", "skip"))
         if self.source != "shapes" and not self.path and self.source != "magicbrush":
             raise ValueError(f"source: {self.source} needs path: the folder or file to read")
+        for name, least in (("limit", 1), ("eval_samples", 0), ("calibration_edits", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name}={value}; expected {least} or more")
+        defaults = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(self)}
+        for name, known in _USED_BY.items():
+            if self.source not in known and (value := getattr(self, name)) != defaults[name]:
+                raise ValueError(
+                    f"{name}={value!r} means nothing for source: {self.source}; it is for {', '.join(known)}"
+                )
+        if self.split != "train" and (self.path or "").endswith(".parquet"):
+            raise ValueError(f"split={self.split!r}: {self.path} is a single file and has no splits; leave it out")
 
 
 @dataclass
@@ -156,9 +181,6 @@ class ClearArguments:
     drop_all: float = option(0.1, "Share of rows that see neither picture nor words (trains the uncond row).")
     drop_source: float = option(0.5, "Share of the other rows that do not see the source codes (trains the part row).")
     clear_head_lr: float | None = option(None, "Learning rate of the CLEAR linear; learning_rate if not given.")
-    calibration_edits: int = option(
-        64, "Held-out pictures that are edited after training to calibrate the gate; 0 for none."
-    )
     sample_edits: int = option(4, "Held-out pictures that are edited and saved at each evaluation; 0 for none.")
 
     def __post_init__(self):
@@ -192,6 +214,9 @@ class ClearTrainingArguments(TrainingArguments):
     share_samples: bool | None = option(
         None, "push_to_hub: share the sample edits, too; if not given, only those of public data."
     )
+    overwrite_output_dir: bool = option(
+        False, "Start over: first remove the checkpoints and results that an earlier run left in output_dir."
+    )
     dry_run: bool = option(False, "Print the memory that the run will need, component by component, and stop.")
 
     def __post_init__(self):
@@ -199,10 +224,8 @@ class ClearTrainingArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.report_to = self.report_to or "none"
         super().__post_init__()
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise ValueError("overwrite_output_dir starts over, resume_from_checkpoint goes on; give one of them")
         for tracker in set(self.report_to) & {"tensorboard", "trackio", "wandb"}:
             if find_spec(tracker) is None:
                 raise ValueError(f"report_to={tracker}: not installed; pip install 'thinkclearly[{tracker}]'")
-
-    def __getstate__(self) -> dict:
-        # The Trainer saves its arguments beside every checkpoint, and uploads them.
-        return {**vars(self), "hub_token": None}

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from thinkclearly import jobs
-from thinkclearly.data.shapes import Background, Scene, ShapeEdit, edit_scene, packaged_photos, random_scene
-from thinkclearly.data.sources import EditExample, shapes
+from thinkclearly.data.shapes import Background, Scene, ShapeEdit, edit_scene, random_scene
+from thinkclearly.data.sources import EditExample, photos_of, shapes
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import gate_metrics
 from thinkclearly.evaluation.edits import evaluate_edits
@@ -40,10 +40,9 @@ class DemoArguments:
                 raise ValueError(f"{name}={getattr(self, name)}; expected {least} or more")
 
 
-def photo_edits(count: int, seed: int = 7) -> list[tuple[ShapeEdit, EditExample]]:
-    """Edits on whole held-out photographs at their own size."""
+def photo_edits(count: int, photos: list[str], seed: int = 7) -> list[tuple[ShapeEdit, EditExample]]:
+    """Edits on whole photographs at their own size."""
     pairs = []
-    photos = packaged_photos("test")
     operations = ("recolour", "remove", "add", "replace", "move")
     for i in range(count):
         rng = np.random.default_rng((seed, i))
@@ -64,18 +63,19 @@ def main(argv: list[str] | None = None) -> None:
     data.prepared_dir = str(output / "prepared")
     seconds = {}
     started = time.perf_counter()
-    trainer = jobs.train(model, lora, data, clear, training, overrides)
+    history = jobs.train(model, lora, data, clear, training, overrides)
     seconds["prepare and train"] = time.perf_counter() - started
 
     # What is measured is what was saved, read back as a user would.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     editor = Editor(*load_clear_model(training.output_dir, device=device, merge=True))
     started = time.perf_counter()
-    rows = shapes(demo.demo_edits, size=data.shapes_size, seed=data.split_seed + 1, split="test")
+    options = {"size": data.shapes_size, "seed": data.split_seed + 1, "photos_folder": data.photos_folder}
+    rows = shapes(demo.demo_edits, split="test", **options)
     held_out = jobs.evaluate_rows(editor, rows, data, demo.demo_batch_size)
     measured = {"edits": held_out}
     if demo.demo_photo_edits:
-        photos = photo_edits(demo.demo_photo_edits)
+        photos = photo_edits(demo.demo_photo_edits, photos_of("test", data.photos_folder))
         judges = {example.key: edit for edit, example in photos}
         measured["photographs"] = evaluate_edits(
             editor,
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         output,
         reports,
         tables,
-        trainer.state.log_history,
+        history,
         "ThinkClearly demo",
         notes=_notes(held_out, seconds),
         gate=(held_out.log_odds, held_out.unchanged),

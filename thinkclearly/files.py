@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+A_DAY = 24 * 60 * 60  # seconds
 
 
 @contextmanager
@@ -28,6 +32,50 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `path` when the block ends. Where `path` is there by then, it stays.
+
+    So of two processes that write the same folder at once, the first one counts, and the other finds its work.
+    """
+    path = Path(path)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > A_DAY:
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        try:
+            temporary.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def replacing_in(directory: str | Path) -> Iterator[Path]:
+    """An empty folder to write files in. They replace those of the same name in `directory` when the block ends.
+
+    For code that writes in place. A hard link to an old file keeps the old content, and where the block raises,
+    `directory` stays as it was. One process at a time; what a killed one left is removed.
+    """
+    directory = Path(directory)
+    temporary = directory / ".saving.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in [path for path in temporary.rglob("*") if path.is_file()]:
+            target = directory / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -1,7 +1,8 @@
 """Pictures in and out: safe loading, the square the model sees and its inverse, and pixel tensors.
 
-Knows nothing of models, tokens or datasets. Every picture inside the package is an RGB `PIL.Image` that came through
-`load_image`; every question of "which patch does this pixel belong to" is answered by `Letterbox.patch_of_pixels`.
+Knows nothing of models, tokens or datasets. Every picture inside the package is a `PIL.Image` that came through
+`load_photo` or `load_image`; every question of "which patch does this pixel belong to" is answered by
+`Letterbox.patch_of_pixels`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from thinkclearly.colour import exif_of, is_deep, seen, to_photo
+
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, about 13,300 x 13,300
@@ -33,11 +36,18 @@ class ImageError(ValueError):
 
 
 def load_image(source, name: str | None = None) -> Image.Image:
-    """Read a picture as people see it: upright, in 8-bit RGB.
+    """Read a picture as people and the model see it: upright, 8-bit RGB in sRGB, transparency laid over white.
 
-    EXIF orientation is applied. Transparency (alpha channels, palettes, colour keys) is laid over white, as viewers
-    and web pages show it; plain `convert("RGB")` would reveal the hidden colours underneath. 16-bit and float greys
-    are scaled, not clipped. Of animations and multi-page files the first frame is read. Colour profiles are ignored.
+    Args and errors as for `load_photo`.
+    """
+    return seen(load_photo(source, name))
+
+
+def load_photo(source, name: str | None = None) -> Image.Image:
+    """Read a picture as its file has it: upright, 8-bit RGB or RGBA, in its own colours; see `colour.to_photo`.
+
+    EXIF orientation is applied. Palettes and colour keys become RGB or RGBA. 16-bit and float greys are scaled, not
+    clipped. Of animations and multi-page files the first frame is read.
 
     Args:
         source (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `numpy.ndarray` or `dict`): a path, an encoded file,
@@ -46,17 +56,18 @@ def load_image(source, name: str | None = None) -> Image.Image:
         name (`str`, *optional*): what errors call the picture; defaults to its path.
 
     Returns:
-        `PIL.Image.Image`: mode "RGB", at least `MIN_SIDE` each side, at most `MAX_PIXELS` in all.
+        `PIL.Image.Image`: mode "RGB" or "RGBA", at least `MIN_SIDE` each side, at most `MAX_PIXELS` in all; a
+        photo that went through `load_photo` before comes out the same.
 
     Raises:
         ImageError: missing, corrupt, truncated, of an unknown kind, or of an absurd size.
     """
     name = name or _name_of(source)
-    image = _decode(source, name)
+    image, deep = _decode(source, name)
     try:
-        return _to_rgb(image, name)
-    except ImageError:
-        raise
+        return to_photo(image, deep)
+    except ValueError as error:
+        raise ImageError(f"{name}: {error}") from error
     except Exception as error:
         raise ImageError(
             f"{name}: cannot turn mode {image.mode!r} into RGB ({error}). Save it as PNG or JPEG."
@@ -72,12 +83,12 @@ def load_mask(source, name: str | None = None) -> Image.Image | None:
     Args and errors as for `load_image`.
     """
     name = name or _name_of(source)
-    image = _decode(source, name)
+    image, deep = _decode(source, name)
     if image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A")
         if alpha.getextrema()[0] < 255:
             return ImageOps.invert(alpha)
-    rgb = np.asarray(_to_rgb(image, name)).astype(np.int16)
+    rgb = np.asarray(seen(to_photo(image, deep))).astype(np.int16)
     if np.ptp(rgb, axis=-1).max() > 16:
         return None
     return Image.fromarray(rgb.mean(-1).round().astype(np.uint8))
@@ -91,8 +102,11 @@ def _name_of(source) -> str:
     return getattr(source, "filename", "") or "picture"
 
 
-def _decode(source, name: str) -> Image.Image:
-    """Open, check the size in the header, decode and turn upright; the mode stays as it is in the file."""
+def _decode(source, name: str) -> tuple[Image.Image, bool]:
+    """Open, check the size in the header, decode and turn upright; the mode stays as it is in the file.
+
+    Also tells whether the file has more than 8 bits a channel, which Pillow may not have kept.
+    """
     if isinstance(source, Mapping):
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
     if source is None:
@@ -126,7 +140,7 @@ def _decode(source, name: str) -> Image.Image:
         raise ImageError(f"{name}: cannot be read ({error}). Is it cut short or damaged? Get it again.") from error
 
 
-def _checked(image: Image.Image, name: str) -> Image.Image:
+def _checked(image: Image.Image, name: str) -> tuple[Image.Image, bool]:
     if image.format == "EPS":  # decoding would run Ghostscript on the file
         raise ImageError(f"{name}: PostScript is a program, not a picture. Convert it to PNG first.")
     width, height = image.size
@@ -136,15 +150,23 @@ def _checked(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(f"{name}: {width}x{height} is too small; each side needs at least {MIN_SIDE} pixels.")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(f"{name}: {width}x{height} is too long and thin; crop it to at most {MAX_ASPECT}:1.")
+    deep = is_deep(image)
     try:
         image.load()
     except Exception as error:
         raise ImageError(f"{name}: cannot be read ({error}). Is it cut short or damaged? Get it again.") from error
+    damages = (SyntaxError, ValueError, OSError, LookupError, TypeError, AttributeError, struct.error)
     try:
-        return ImageOps.exif_transpose(image)
-    except (SyntaxError, ValueError, OSError, LookupError, TypeError, struct.error) as error:
+        upright = ImageOps.exif_transpose(image)
+    except damages as error:
         logger.warning("%s: the EXIF data is damaged (%s); its orientation is ignored", name, error)
-        return image.copy()
+        upright = image.copy()
+    try:
+        upright.info["exif"] = exif_of(image, upright)
+    except damages as error:
+        logger.info("%s: the EXIF data is damaged (%s) and left out", name, error)
+        upright.info.pop("exif", None)
+    return upright, deep
 
 
 def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
@@ -155,27 +177,6 @@ def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
             "expected uint8 (height, width) or (height, width, 1, 3 or 4)."
         )
     return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _deep_grey(image, name)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _deep_grey(image: Image.Image, name: str) -> Image.Image:
-    """Greys of more than 8 bits: integers are 16-bit samples; floats lie in [0, 1] or, failing that, in [0, 255]."""
-    values = np.asarray(image).astype(np.float64)
-    top = 65535.0 if image.mode != "F" else 1.0 if values.max() <= 1 else 255.0
-    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= top):
-        raise ImageError(
-            f"{name}: grey values from {values.min():g} to {values.max():g} in mode {image.mode!r}; "
-            f"expected 0 to {top:g}. Convert it to 8 bits first."
-        )
-    return Image.fromarray((values * (255 / top)).round().astype(np.uint8))
 
 
 @dataclass(frozen=True)

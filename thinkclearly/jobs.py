@@ -16,7 +16,8 @@ import yaml
 from accelerate import PartialState
 from datasets import Dataset
 from PIL import Image
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from thinkclearly.config import (
     ClearArguments,
@@ -30,14 +31,14 @@ from thinkclearly.config import (
 from thinkclearly.data import sources
 from thinkclearly.data.collator import EditCollator
 from thinkclearly.data.features import cache_features
-from thinkclearly.data.shapes import packaged_photos, random_edit
+from thinkclearly.data.shapes import random_edit
 from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.settings import SettingOverrides, given
 from thinkclearly.evaluation.calibration import calibrate
 from thinkclearly.evaluation.edits import Evaluation, evaluate_edits
 from thinkclearly.evaluation.pictures import sheet
 from thinkclearly.files import write_text
-from thinkclearly.hub.card import RECIPE_FILE
+from thinkclearly.hub.card import RECIPE_FILE, write_card
 from thinkclearly.hub.trainer import PublishingTrainer
 from thinkclearly.models.backbone import Backbone, base_hash, codebook_hash, load_backbone
 from thinkclearly.models.clear_head import ClearConfig, ClearEditModel, write_clear_config
@@ -54,7 +55,8 @@ from thinkclearly.training.callbacks import (
     Speed,
     TuneClearWeight,
 )
-from thinkclearly.training.checkpoints import is_whole, last_checkpoint
+from thinkclearly.training.checkpoints import EarlierRun, start_over
+from thinkclearly.training.runs import RUN_FILE, data_fingerprint, describe_run
 from thinkclearly.training.trainer import ClearEditTrainer
 
 logger = logging.getLogger(__name__)
@@ -146,17 +148,33 @@ def train(
     clear: ClearArguments,
     training: ClearTrainingArguments,
     overrides,
-) -> ClearEditTrainer:
-    """Prepares what is not prepared, trains (going on from the last checkpoint), evaluates and saves."""
+) -> list[dict]:
+    """Prepares what is not prepared, trains (going on from the last checkpoint), evaluates and saves.
+
+    Returns:
+        What was logged. A run that has come to its end already is left as it is.
+
+    Raises:
+        ValueError: `output_dir` holds a run that was trained in another way; see `training.runs`.
+    """
     if training.push_to_hub and lora.lora_r and is_local(model_args.base_model):
         raise ValueError(
             f"push_to_hub: nobody else can load the adapter's base {model_args.base_model}. Give a Hub id as "
             "base_model, or leave push_to_hub out and then use `thinkclearly push DIR --base_model_id owner/name`."
         )
+    output = Path(training.output_dir)
+    run = describe_run(training, (model_args, lora, data_args, clear), given(overrides))
+    earlier = EarlierRun(training)
+    earlier.check(run)  # what needs no model and no data to be refused
     set_seed(training.seed)
     backbone = build_backbone(model_args)
     data = build_data(data_args, backbone)
     config = new_config(backbone, clear, overrides)
+    run.fingerprints = _fingerprints(config, data, run.options["base_model"])
+    if earlier.is_finished(run):
+        logger.info("%s: this run has come to its end already; there is nothing to do", output)
+        return TrainerState.load_from_json(str(output / TRAINER_STATE_NAME)).log_history
+    earlier.go_on_as(run)
     model = build_model(model_args, lora, backbone, config)
     features = None
     if data_args.cache_features:
@@ -171,33 +189,50 @@ def train(
     if clear.sample_edits and has_pictures(data.test) and not trainer.weights_are_sharded:
         rows = data.test.select(range(min(clear.sample_edits, len(data.test))))
         trainer.add_callback(SampleEdits(lambda: draw_samples(model, backbone.processor, rows)))
-    last = training.resume_from_checkpoint or last_checkpoint(training.output_dir)
-    if last is not None:
-        if not is_whole(last):
-            raise ValueError(
-                f"{last} is no checkpoint or was not written to its end; without resume_from_checkpoint the run goes "
-                "on from the last whole one."
-            )
-        logger.info("Going on from %s", last)
+    recipe = effective_recipe(model_args, lora, data_args, clear, training, overrides)
+    trainer.run_files = {RUN_FILE: run.to_json(), RECIPE_FILE: yaml.safe_dump(recipe, sort_keys=False)}
     if trainer.is_world_process_zero():
-        recipe = effective_recipe(model_args, lora, data_args, clear, training, overrides)
-        write_text(Path(training.output_dir) / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
-    result = trainer.train(resume_from_checkpoint=last and str(last))
+        if training.overwrite_output_dir:
+            start_over(output)
+        (output / RUN_FILE).unlink(missing_ok=True)  # it comes back at the end
+    result = trainer.train(resume_from_checkpoint=earlier.checkpoint and str(earlier.checkpoint))
     if sigterm.stopped:
         logger.warning("SIGTERM: step %d is done and saved; the same command goes on", trainer.state.global_step)
         raise SystemExit(128 + signal.SIGTERM)
     if alarm.step is not None:
         raise ValueError(f"The loss collapsed at step {alarm.step}; nothing is saved or pushed beyond the checkpoints")
+    _finish(trainer, data, data_args.calibration_edits > 0, result.metrics | speed.metrics(training))
+    return trainer.state.log_history
+
+
+def _finish(
+    trainer: PublishingTrainer, data: PreparedData, wants_calibration: bool, metrics: dict[str, float]
+) -> None:
+    """Saves what was trained, calibrates, evaluates and pushes it; `RUN_FILE` says at last that all is there."""
+    output = Path(trainer.args.output_dir)
     trainer.save_model(_internal_call=True)  # what is pushed is the end, with its metrics
-    trainer.save_state()
-    metrics = result.metrics | speed.metrics(training) | calibrate_model(trainer, data.test, clear.calibration_edits)
+    if trainer.is_world_process_zero():
+        write_text(output / RECIPE_FILE, trainer.run_files[RECIPE_FILE])
+    if wants_calibration:
+        metrics |= calibrate_model(trainer, data.calibration)
     if data.test is not None:
-        metrics.update(trainer.evaluate())
+        metrics |= trainer.evaluate()
     trainer.log_metrics("all", metrics)
     trainer.save_metrics("all", metrics)
-    if training.push_to_hub:
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_card(output, trainer.args.hub_model_id)
+    if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    return trainer
+    if trainer.is_world_process_zero():
+        write_text(output / RUN_FILE, trainer.run_files[RUN_FILE])
+
+
+def _fingerprints(config: ClearConfig, data: PreparedData, base_model: str) -> dict[str, str]:
+    """What the options name, as it is now."""
+    parts = {"training data": data.train, "held-out data": data.test}
+    found = {name: data_fingerprint(rows) for name, rows in parts.items() if rows is not None}
+    return {"base model": config.base_hash or base_model, "codebook": config.codebook_hash} | found
 
 
 def has_pictures(rows: Dataset | None) -> bool:
@@ -205,10 +240,8 @@ def has_pictures(rows: Dataset | None) -> bool:
     return rows is not None and "source" in rows.column_names
 
 
-def calibrate_model(trainer: ClearEditTrainer, rows: Dataset | None, count: int) -> dict[str, float]:
-    """Calibrates what was trained and saved on `count` held-out records, in the first process; what came of it."""
-    if not count:
-        return {}
+def calibrate_model(trainer: ClearEditTrainer, rows: Dataset | None) -> dict[str, float]:
+    """Calibrates what was trained and saved on records held out for that, in the first process; what came of it."""
     if trainer.weights_are_sharded or not has_pictures(rows):
         why = "its weights are sharded" if trainer.weights_are_sharded else "no held-out records with pictures"
         logger.warning("The gate stays uncalibrated: %s; `thinkclearly calibrate` does it later", why)
@@ -217,9 +250,8 @@ def calibrate_model(trainer: ClearEditTrainer, rows: Dataset | None, count: int)
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
         model.clear_config.clear_weight = trainer.clear_weight
-        chosen = rows.select(range(min(count, len(rows))))
         try:
-            found = calibrate(Editor(model, trainer.processor), chosen, trainer.args.per_device_eval_batch_size)
+            found = calibrate(Editor(model, trainer.processor), rows, trainer.args.per_device_eval_batch_size)
             write_clear_config(model.clear_config, trainer.args.output_dir)
         except (ValueError, torch.OutOfMemoryError) as error:  # nothing to fit; `thinkclearly calibrate` does it later
             logger.warning("The gate stays uncalibrated: %s", error)
@@ -272,12 +304,12 @@ def draw_samples(model, processor, rows: Dataset) -> Image.Image:
 
 
 def judge_shapes(photos_folder: str | None = None):
-    """A judge for the built-in shapes: (key, picture) → whether the edit that the key names is done."""
-    photos = sources.pictures_in(photos_folder) if photos_folder else packaged_photos("test")
+    """A judge for the built-in shapes of "test": (key, picture) → whether the edit that the key names is done."""
+    photos = tuple(sources.photos_of("test", photos_folder))
 
     def judge(key: str, picture: Image.Image) -> bool:
         seed, number = map(int, re.fullmatch(r"shapes\[(\d+):(\d+)\]", key).groups())
-        return random_edit(seed, number, tuple(photos)).is_done(picture)
+        return random_edit(seed, number, photos).is_done(picture)
 
     return judge
 

@@ -6,7 +6,9 @@ Imports neither torch nor the rooms: a job's `--help` waits for no model.
 from __future__ import annotations
 
 import difflib
+import inspect
 import sys
+import textwrap
 from argparse import ArgumentTypeError
 from dataclasses import field
 from datetime import date
@@ -50,9 +52,13 @@ class RecipeParser(HfArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.skipped = {name for kind in skipped for name in _init_names(kind)} - set(self._names())
         self.hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        self.usage = self.usage or f"{self.prog} [recipe.yaml] [--key value …]"
 
     def parse(self, argv: list[str] | None = None) -> tuple:
         argv = list(sys.argv[1:] if argv is None else argv)
+        if "--help_all" in argv:
+            sys.stdout.write(self.format_help(theirs=True))
+            self.exit()
         recipe = argv.pop(0) if argv and argv[0].endswith((".yaml", ".yml")) else None
         if recipe is not None:
             self.set_defaults(**self._read(recipe))
@@ -66,6 +72,42 @@ class RecipeParser(HfArgumentParser):
             )
         except Exception as error:  # TrainingArguments raises what its many parts raise
             self.error(f"{error or type(error).__name__}")
+
+    def format_help(self, theirs: bool = False) -> str:
+        """A line for each of our options, by dataclass; of transformers' own too if asked for `theirs`."""
+        lines, hidden = [f"usage: {self.usage}", "", self.description or ""], 0
+        for owner, names in self._by_owner().items():
+            if _is_theirs(owner):
+                if not theirs:
+                    hidden += len(names)
+                    continue
+                lines += ["", f"transformers' {owner.__name__}; its documentation says more:"]
+            else:
+                lines += ["", inspect.getdoc(owner).splitlines()[0].rstrip(".") + ":"]
+            lines += [self._help_line(name, _is_theirs(owner)) for name in names]
+        if hidden:
+            lines += ["", f"--help_all lists {hidden} options of transformers' own, too."]
+        return "\n".join(lines) + "\n"
+
+    def _by_owner(self) -> dict[type, list[str]]:
+        """The options that each dataclass declares: what a job adds before what it inherits, ours before theirs."""
+        owners = {}
+        for kind in self.dataclass_types:
+            left = _init_names(kind)
+            for owner in kind.__mro__:
+                own = [name for name in left if name in vars(owner).get("__annotations__", {})]
+                left = [name for name in left if name not in own]
+                if own:
+                    owners[owner] = own
+        return {owner: owners[owner] for owner in sorted(owners, key=_is_theirs)}
+
+    def _help_line(self, name: str, shortened: bool) -> str:
+        action = next(action for action in self._actions if action.dest == name)
+        text = " ".join((action.help or "").replace("%%", "%").split())
+        if shortened:
+            text = textwrap.shorten(text, 110, placeholder=" …")
+        default = "required" if action.required else _written(action.default)
+        return f"  --{name:<27} {text}" + (f" ({default})" if default else "")
 
     def error(self, message: str):
         """The message alone: the usage of a few hundred options would push it off the screen."""
@@ -125,6 +167,20 @@ class RecipeParser(HfArgumentParser):
     def _suggest(self, name: str, message: str) -> str:
         near = difflib.get_close_matches(name.replace("-", "_"), self._names(), n=1)
         return message + (f"; did you mean {near[0]!r}?" if near else "; see --help for the valid names")
+
+
+def _written(default) -> str:
+    """A default as a command line has it; nothing where the option's text says what happens."""
+    if default is None or default in ([], {}):
+        return ""
+    if isinstance(default, (list, tuple)):
+        return f"default: {' '.join(map(str, default))}"
+    value = getattr(default, "value", default)
+    return f"default: {str(value).lower() if isinstance(value, bool) else value}"
+
+
+def _is_theirs(owner: type) -> bool:
+    return owner.__module__.startswith("transformers.")
 
 
 def _init_names(kind) -> list[str]:

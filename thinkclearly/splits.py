@@ -1,100 +1,62 @@
-"""The data that a job's options name: photo pairs in training and held-out splits, tokenized.
+"""The data that a job's options name, tokenized, in three parts that share no picture: train, calibration, test.
 
 Knows every source. Does not know what the records are for.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 
 from thinkclearly.config import DataArguments
 from thinkclearly.data import sources
+from thinkclearly.data.groups import group_records, hold_out, token_origins
 from thinkclearly.data.jsonl import read_jsonl
 from thinkclearly.data.magicbrush import magicbrush
 from thinkclearly.data.prepare import label_dataset, load_encoded, prepare_dataset
+from thinkclearly.data.sources import PARTS
 from thinkclearly.hub.publish import pull_dataset
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.backbone import Backbone
 
+logger = logging.getLogger(__name__)
+
+SHAPES = 2000  # built-in edits to train on where no limit is given
+
 
 @dataclass
 class PreparedData:
-    """Tokenized splits, and the pictures that the held-out one came from, where there are any."""
-
-    train: Dataset | None
-    test: Dataset | None
-    test_rows: Dataset | None
-
-
-def read_rows(data: DataArguments, train: bool = True) -> tuple[Dataset | None, Dataset | None]:
-    """Photo pairs for training (unless that is off) and evaluation, from the source that the options name."""
-    if data.source == "shapes":
-        options = {"size": data.shapes_size, "seed": data.split_seed, "photos_folder": data.photos_folder}
-        test = sources.shapes(data.eval_samples, split="test", **options) if data.eval_samples else None
-        return sources.shapes(data.limit or 2000, **options) if train else None, test
-    if data.source == "magicbrush":
-        rows = magicbrush(
-            data.path or "osunlp/MagicBrush",
-            split=data.split,
-            include=data.include,
-            exclude=data.exclude,
-            match=data.match,
-            turn_index=data.turn_index,
-            shuffle_seed=data.split_seed if data.shuffle else None,
-            limit=data.limit,
-            streaming=data.streaming,
-        )
-        if data.streaming:
-            rows = Dataset.from_list(list(rows), features=sources.FEATURES)
-    else:
-        rows = sources.folder(data.path) if data.source == "folder" else sources.sharegpt4o(data.path)
-        rows = limit_rows(rows, data)
-    train_rows, test_rows = split_rows(rows, data)
-    return train_rows if train else None, test_rows
-
-
-def limit_rows(rows: Dataset, data: DataArguments) -> Dataset:
-    """The first `limit` records, shuffled before where that is asked for."""
-    rows = rows.shuffle(seed=data.split_seed) if data.shuffle else rows
-    return rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
-
-
-def split_rows(rows: Dataset, data: DataArguments) -> tuple[Dataset, Dataset | None]:
-    """Holds `eval_samples` records out."""
-    if not data.eval_samples:
-        return rows, None
-    if data.eval_samples >= len(rows):
-        raise ValueError(
-            f"eval_samples={data.eval_samples} of {len(rows)} records leaves none to train on; lower it or add data"
-        )
-    parts = rows.train_test_split(test_size=data.eval_samples, seed=data.split_seed)
-    return parts["train"], parts["test"]
-
-
-def build_data(data: DataArguments, backbone: Backbone, train: bool = True) -> PreparedData:
-    """Reads, tokenizes and labels; what was prepared before is found again.
+    """Tokenized parts, None for what there is not. No picture and no session is in two of them.
 
     Args:
-        train: off, pictures are tokenized for the held-out split only.
+        calibration: fits the gate.
+        test: what is reported.
+        rows: by the name of a part the photo pairs that it came from, record for record, where there are pictures.
     """
-    if data.source == "jsonl":
-        codes, tokens = backbone.model.config.vq_config.num_embeddings, backbone.processor.num_image_tokens
-        rows, _ = read_jsonl(data.path, codes, tokens, on_bad_record=data.on_bad_record)
-        rows = rows.add_column("key", [f"{data.path}[{i}]" for i in range(len(rows))])
-        return PreparedData(*split_rows(rows, data), None)
+
+    train: Dataset | None = None
+    calibration: Dataset | None = None
+    test: Dataset | None = None
+    rows: dict[str, Dataset] = field(default_factory=dict)
+
+
+def build_data(data: DataArguments, backbone: Backbone, parts: Sequence[str] = PARTS) -> PreparedData:
+    """Reads, tokenizes, labels and splits; what was prepared before is found again.
+
+    Args:
+        parts: those that are wanted; of the built-in shapes no others are made.
+
+    Raises:
+        ValueError: too few records, or too few that share no picture, to hold any out.
+    """
     state = PartialState()
-    if data.source == "prepared":
-        with state.main_process_first():
-            encoded = limit_rows(load_encoded(pull_dataset(data.path), backbone), data)
-            vocabulary = InstructionVocabulary(backbone.model.config.vq_config.num_embeddings)
-            rows = label_dataset(encoded, data.clear_label, data.pixel_tolerance, vocabulary)
-        return PreparedData(*split_rows(rows, data), None)
-    with state.main_process_first():
-        parts = read_rows(data, train)
     options = {
         "clear_label": data.clear_label,
         "pixel_tolerance": data.pixel_tolerance,
@@ -102,6 +64,126 @@ def build_data(data: DataArguments, backbone: Backbone, train: bool = True) -> P
         "on_bad_record": data.on_bad_record,
         "workers": data.prepare_workers,
     }
-    backbone.model.model.vqmodel.to(state.device)
     prepare = partial(prepare_dataset, backbone=backbone, directory=data.prepared_dir, **options)
-    return PreparedData(*(None if rows is None else prepare(rows) for rows in parts), parts[1])
+    if data.source in ("jsonl", "prepared"):
+        with state.main_process_first():
+            return split_records(_read_tokens(data, backbone), None, data, parts)
+    backbone.model.model.vqmodel.to(state.device)
+    if data.source == "shapes":
+        return _build_shapes(data, prepare, parts)
+    with state.main_process_first():
+        rows = read_rows(data)
+    return split_records(prepare(rows), rows, data, parts)
+
+
+def _build_shapes(data: DataArguments, prepare: Callable[[Dataset], Dataset], parts: Sequence[str]) -> PreparedData:
+    """The generator draws any number of edits for every part, so nothing needs to be held out."""
+    counts = {"train": data.limit or SHAPES, "calibration": data.calibration_edits, "test": data.eval_samples}
+    options = {"size": data.shapes_size, "seed": data.split_seed, "photos_folder": data.photos_folder}
+    found = PreparedData()
+    for part in [part for part in parts if counts[part]]:
+        with PartialState().main_process_first():
+            rows = sources.shapes(counts[part], split=part, **options)
+        setattr(found, part, prepare(rows))
+        found.rows[part] = rows
+    return found
+
+
+def read_rows(data: DataArguments) -> Dataset:
+    """The photo pairs of a source that has them as files or as a table: `data.sources.FEATURES`."""
+    if data.source != "magicbrush":
+        read = sources.folder if data.source == "folder" else sources.sharegpt4o
+        return select_rows(read(data.path), data)
+    rows = magicbrush(
+        data.path or "osunlp/MagicBrush",
+        split=data.split,
+        include=data.include,
+        exclude=data.exclude,
+        match=data.match,
+        turn_index=data.turn_index,
+        shuffle_seed=data.split_seed if data.shuffle else None,
+        limit=data.limit,
+        streaming=data.streaming,
+    )
+    return Dataset.from_list(list(rows), features=sources.FEATURES) if data.streaming else rows
+
+
+def _read_tokens(data: DataArguments, backbone: Backbone) -> Dataset:
+    """Labelled records of a source that has tokens already."""
+    codes = backbone.model.config.vq_config.num_embeddings
+    if data.source == "jsonl":
+        rows, _ = read_jsonl(data.path, codes, backbone.processor.num_image_tokens, on_bad_record=data.on_bad_record)
+        rows = rows.add_column("key", [f"{Path(data.path).name}[{i}]" for i in range(len(rows))])
+        return select_rows(rows, data)
+    encoded = select_rows(load_encoded(pull_dataset(data.path), backbone), data)
+    if "origins" not in encoded.column_names:  # prepared by an earlier version
+        encoded = encoded.add_column(
+            "origins", list(map(token_origins, encoded["input_tokens"], encoded["target_tokens"]))
+        )
+    return label_dataset(encoded, data.clear_label, data.pixel_tolerance, InstructionVocabulary(codes))
+
+
+def select_rows(rows: Dataset, data: DataArguments) -> Dataset:
+    """The first `limit` records whose instructions are wanted, shuffled before where that is asked for."""
+    if data.include or data.exclude:
+        words = (data.include, data.exclude, data.match)
+        wanted = [i for i, text in enumerate(rows["instruction"]) if sources.keeps(text, *words)]
+        if not wanted:
+            raise ValueError(f"{data.path}: none of {len(rows)} records is left; relax include and exclude.")
+        rows = rows.select(wanted)
+    rows = rows.shuffle(seed=data.split_seed) if data.shuffle else rows
+    return rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
+
+
+def split_records(
+    records: Dataset, rows: Dataset | None, data: DataArguments, parts: Sequence[str] = PARTS
+) -> PreparedData:
+    """Holds records out for calibration and test: whole groups of those that share a picture or a session.
+
+    Args:
+        records: labelled, with `key` and `origins`.
+        rows: the photo pairs that they came from; those that were skipped are in none of the parts.
+    """
+    wanted = {"test": data.eval_samples, "calibration": data.calibration_edits}
+    if "source" not in records.column_names:
+        wanted["calibration"] = 0  # which edits pictures
+    counts = {part: count for part, count in held_out_counts(len(records), wanted).items() if count}
+    groups = group_records(records["origins"][:])
+    found = dict(zip(counts, hold_out(groups, list(counts.values()), data.split_seed)))
+    for part, count in counts.items():
+        if not len(found[part]):
+            raise ValueError(
+                f"No record can be held out for {part}: {len(records)} records form {groups.max() + 1} groups that "
+                f"share pictures or sessions, the largest of {np.bincount(groups).max()}. Add other pictures, or set "
+                "eval_samples or calibration_edits to 0."
+            )
+        if len(found[part]) < count:
+            logger.warning("%s: %d records, since groups that share pictures stay whole", part, len(found[part]))
+    held_out = np.concatenate([np.zeros(0, int), *found.values()])
+    found["train"] = np.setdiff1d(np.arange(len(records)), held_out)
+    places = {key: i for i, key in enumerate(rows["key"])} if rows is not None else {}
+    result = PreparedData()
+    for part in [part for part in parts if part in found]:
+        setattr(result, part, chosen := records.select(found[part]))
+        if rows is not None:
+            result.rows[part] = rows.select([places[key] for key in chosen["key"]])
+    return result
+
+
+def held_out_counts(records: int, wanted: dict[str, int]) -> dict[str, int]:
+    """How many records each part gets: what is wanted, or where that is over half of them, a quarter at most."""
+    if sum(wanted.values()) <= records // 2:
+        return wanted
+    quarter = max(1, records // 4)
+    counts = {part: min(count, quarter) for part, count in wanted.items()}
+    if sum(counts.values()) >= records:
+        raise ValueError(
+            f"{records} records are too few to hold some out (eval_samples={wanted['test']}, "
+            f"calibration_edits={wanted['calibration']}); add data, or set these to 0"
+        )
+    logger.warning(
+        "%d records: %d for evaluation (eval_samples=%d) and %d for calibration (calibration_edits=%d), so that at "
+        "least half is left to train on",
+        *(records, counts["test"], wanted["test"], counts["calibration"], wanted["calibration"]),
+    )
+    return counts

@@ -32,7 +32,7 @@ def fast() -> torch.autocast:
 
 
 def load(output: Path, variant: str, seed: int) -> Editor:
-    """The model, its gate calibrated on the recipe's held-out records (not those that are measured)."""
+    """The model, its gate calibrated on the records that the recipe holds out for that."""
     directory = folder(output, variant, seed)
     # Asked before the model is read: another process may calibrate it meanwhile.
     calibrated = (directory / CALIBRATION).is_file()
@@ -40,7 +40,7 @@ def load(output: Path, variant: str, seed: int) -> Editor:
     editor = Editor(model, processor)
     if not calibrated:
         model_args, _, data_args, *_ = recipe(output)
-        rows = build_data(data_args, jobs.build_backbone(model_args), train=False).test
+        rows = build_data(data_args, jobs.build_backbone(model_args), ["calibration"]).calibration
         with fast():
             found = calibrate(editor, rows, BATCH)
         write_clear_config(model.clear_config, directory)
@@ -93,7 +93,7 @@ def _edit(example, result, editor: Editor, options, judge) -> dict:
     shape = processor.grid, processor.grid
     target = Letterbox(*example.target.size, processor.image_size).fit(example.target)
     clear = patch_difference(box.fit(example.source), target, processor.grid) <= options.pixel_tolerance
-    chosen = editor.model.vocabulary.is_instruction(result.ids).view(shape).numpy()
+    chosen = editor.model.vocabulary.is_instruction(result.class_ids).view(shape).numpy()
     blend = result.settings["feather_radius_px"], result.settings["feather"]
     oracle = composite(example.source, result.raw, clear, box, *blend)
     mask = np.asarray(example.mask) > 127

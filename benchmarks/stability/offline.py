@@ -27,7 +27,7 @@ def label_noise(output: Path, records: int = 1200) -> dict:
     """Token equality against pixels: how often it errs, and where (by the winning code's margin and by texture)."""
     model_args, _, data_args, *_ = recipe(output)
     backbone = jobs.build_backbone(model_args)
-    rows = build_data(data_args, backbone).train.select(range(records))
+    rows = build_data(data_args, backbone, ["train"]).train.select(range(records))
     names = ["input_tokens", "target_tokens", "pixel_difference", "mask_tokens"]
     table = rows.select_columns(names).with_format("numpy")
     source, target, difference, mask = (np.stack(table[name]) for name in names)
@@ -130,7 +130,7 @@ def pointer_sum(output: Path, seed: int, records: int = 504) -> dict:
     editor = load(output, "default", seed)
     model, options = editor.model, recipe(output)[2]
     options.eval_samples, options.split_seed = records, options.split_seed + 1
-    rows = build_data(options, jobs.build_backbone(recipe(output)[0]), train=False).test
+    rows = build_data(options, jobs.build_backbone(recipe(output)[0]), ["test"]).test
     collate, codebook = EditCollator(editor.processor, model.vocabulary), model.vocabulary.codebook_size
     gates, summed, truth = [], [], []
     for start in range(0, len(rows), BATCH):

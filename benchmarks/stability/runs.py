@@ -30,7 +30,7 @@ TRAINED = [
     *[(name, SEEDS[0]) for name in ABLATIONS],
 ]
 
-# How the original edits: joint guidance with its defaults (specs: Janus-4o's formula, w = w2 = 5, sampling at 1).
+# How the original edits: joint guidance with its defaults (Janus-4o's formula, w = w2 = 5, sampling at temperature 1).
 ORIGINAL = {"guidance": "joint", "cfg_weight": 5.0, "cfg_weight2": 5.0, "temperature": 1.0}
 
 

@@ -16,7 +16,7 @@ from thinkclearly.training.trainer import ClearEditTrainer
 
 
 class EmptySlotCollator(EditCollator):
-    """The original's: the slot of the picture's features stays as placeholder words (specs: ThinkClearly, bug 1)."""
+    """The original's: the slot of the picture's features stays as placeholder words."""
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = super().__call__(rows)

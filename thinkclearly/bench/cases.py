@@ -172,8 +172,8 @@ def acceptance(editor: Editor, edits: list[tuple[Image.Image, str]]) -> list[dic
         result, draft = (editor.edit(picture, words, **DECODERS[name]) for name in (ADAPTIVE, DRAFT))
         rows.append(
             {
-                "painted": 1 - float(editor.model.vocabulary.is_instruction(result.ids).float().mean()),
-                "changed": float((result.tokens != result.source_tokens).float().mean()),
+                "painted": 1 - float(editor.model.vocabulary.is_instruction(result.class_ids).float().mean()),
+                "changed": float((result.fed_codes != result.source_tokens).float().mean()),
                 "draft_passes": draft.passes,
                 "passes": result.passes,
             }
@@ -186,8 +186,8 @@ def precisions(editors: dict[str, Editor], edits: list[tuple[Image.Image, str]])
     found, first = {}, None
     for name, editor in editors.items():
         results = [editor.edit(*edit) for edit in edits]
-        tokens = torch.stack([result.tokens for result in results])
-        copied = torch.stack([editor.model.vocabulary.is_instruction(result.ids) for result in results])
+        tokens = torch.stack([result.fed_codes for result in results])
+        copied = torch.stack([editor.model.vocabulary.is_instruction(result.class_ids) for result in results])
         first = first or (tokens, copied)
         changed = [float((mine != theirs).float().mean()) for mine, theirs in zip((tokens, copied), first)]
         size = weight_bytes(editor.model.base.model.language_model)

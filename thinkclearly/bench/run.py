@@ -22,15 +22,15 @@ from thinkclearly.bench.measure import copy_bandwidth, interleaved, summary, wei
 from thinkclearly.bench.scripted import SHARES, SIZES, SMALL_TOWERS, random_model
 from thinkclearly.bench.tables import render
 from thinkclearly.data.shapes import packaged_photos, random_edit
-from thinkclearly.data.sources import TEST_OFFSET
+from thinkclearly.data.sources import OFFSETS
 from thinkclearly.editing.editor import Editor
 from thinkclearly.files import write_json, write_text
 from thinkclearly.models.quantization import quantization
 from thinkclearly.recipe import DTYPES, RecipeParser, check_choice, option
+from thinkclearly.training.adapters import TINY_CLEAR
 
 logger = logging.getLogger(__name__)
 
-TRAINED = Path(__file__).parents[1] / "tiny_clear"
 LEVEL = 4.0  # of `cases.LEVELS`, where random codes are hardest to guess
 PUBLISHED = 318  # of 576 passes, by Jacobi decoding with long blocks (SJD in table of SCD, arXiv 2510.24211)
 SEED = 12  # of the built-in edits
@@ -97,19 +97,19 @@ def _setup(arguments: BenchArguments) -> dict:
 
 def tiny_case(name: str, arguments: BenchArguments, device: torch.device, tick: Callable[[], None]) -> dict:
     """The shipped fine-tune on held-out edits over photographs that training never saw."""
-    editor = load_editor(str(TRAINED), device=device)
-    scenes = [random_edit(SEED, TEST_OFFSET + i, packaged_photos("test")) for i in range(arguments.edits)]
+    editor = load_editor(str(TINY_CLEAR), device=device)
+    scenes = [random_edit(SEED, OFFSETS["test"] + i, packaged_photos("test")) for i in range(arguments.edits)]
     edits = [(scene.render(editor.processor.image_size)[0], scene.instruction) for scene in scenes]
     prompts = [scene.before.caption() for scene in scenes[:4]]
     runs = interleaved(cases.edit_rows(editor, edits), arguments.rounds, tick)
     drawn = interleaved(cases.draw_rows(editor, prompts), arguments.rounds, tick)
     batches = interleaved(cases.batch_rows(editor, edits, _powers(len(edits))), arguments.rounds, tick)
     accepted = cases.acceptance(editor, edits)
-    other = {"float32": editor, "bfloat16": load_editor(str(TRAINED), device=device, dtype=torch.bfloat16)}
+    other = {"float32": editor, "bfloat16": load_editor(str(TINY_CLEAR), device=device, dtype=torch.bfloat16)}
     if is_bitsandbytes_available():
         for bits in (8, 4):
             config = quantization(bits, torch.float32)
-            other[f"{bits} bits"] = load_editor(str(TRAINED), device=device, quantization_config=config)
+            other[f"{bits} bits"] = load_editor(str(TINY_CLEAR), device=device, quantization_config=config)
     rows = {name: cases.edit_rows(each, edits)[cases.ADAPTIVE] for name, each in other.items()}
     precise = summary(interleaved(rows, arguments.rounds, tick), "float32")
     changed = cases.precisions(other, edits)

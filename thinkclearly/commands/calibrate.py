@@ -1,4 +1,4 @@
-"""Fit the gate of a fine-tune to the recipe's held-out records; stored in its folder (train does it by itself)."""
+"""Fit the gate of a fine-tune to records held out for that; stored in its folder (train does it by itself)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from thinkclearly.recipe import RecipeParser, option
 class CalibrateArguments(LoadArguments):
     """A fine-tune whose gate is fitted to held-out records."""
 
+    model: str = option("outputs/clear", "Folder of the fine-tune, where the result is written.")
     batch_size: int = option(16, "Pictures that are edited at once.")
 
 
@@ -33,9 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     if not (Path(arguments.model) / CONFIG_FILE).is_file():
         raise ValueError(f"model={arguments.model!r} is no folder with a {CONFIG_FILE}; calibrate where you can write")
     editor = load_finetune(arguments)
-    rows = build_data(data, Backbone(editor.model.base, editor.processor), train=False).test
-    if rows is None or "source" not in rows.column_names:
-        raise ValueError(f"eval_samples={data.eval_samples}, source={data.source}: no held-out records with pictures")
+    rows = build_data(data, Backbone(editor.model.base, editor.processor), ["calibration"]).calibration
+    if rows is None:
+        raise ValueError(
+            f"calibration_edits={data.calibration_edits}, source={data.source}: no held-out records with pictures"
+        )
     if not PartialState().is_main_process:
         return
     found = calibrate(editor, rows, arguments.batch_size)

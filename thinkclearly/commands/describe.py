@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 
 from thinkclearly.commands.loading import LoadArguments, load_any
+from thinkclearly.decoding.settings import check_seed
 from thinkclearly.recipe import RecipeParser, option
 
 
@@ -13,6 +14,7 @@ from thinkclearly.recipe import RecipeParser, option
 class DescribeArguments(LoadArguments):
     """Words about a picture."""
 
+    model: str = field(default="", metadata={"help": "Folder or Hub id of a Janus model.", "required": True})
     image: str = field(default="", metadata={"help": "Picture to look at.", "required": True})
     question: str = option("What is in the picture?", "Question about it.")
     num_answers: int = option(1, "Samples.")
@@ -21,6 +23,10 @@ class DescribeArguments(LoadArguments):
     top_k: int = option(0, "Sample from the k best words; 0 for all.")
     top_p: float = option(1.0, "Sample from the smallest set of words with this probability mass.")
     seed: int = option(0, "Seed of the sampling.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_seed(self.seed)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thinkclearly.commands.loading import Bar, LoadArguments, load_finetune, weights
+from thinkclearly.decoding.settings import check_seed
 from thinkclearly.editing.settings import SettingOverrides, given
 from thinkclearly.recipe import RecipeParser, check_choice, option
 
@@ -33,6 +34,7 @@ class EditArguments(LoadArguments):
     def __post_init__(self):
         super().__post_init__()
         check_choice("on_bad_record", self.on_bad_record, ("error", "skip"))
+        check_seed(self.seed)
         if (self.image is None) == (self.input is None):
             raise ValueError("give either --image, one picture, or --input, a folder, .jsonl file or data set")
         if self.image is not None and self.instruction is None:
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     for k, result in enumerate(results if arguments.num_images > 1 else [results]):
         directory = Path(arguments.output_dir) / (f"{k:04d}" if arguments.num_images > 1 else "")
         result.save(directory, trace=arguments.trace)
-        logger.info("%s: %.0f%% of the patches are the source, byte for byte", directory, 100 * result.clear_fraction)
+        logger.info("%s: %.0f%% of the pixels are the source's, byte for byte", directory, 100 * result.clear_fraction)
 
 
 def _edit_many(arguments: EditArguments, settings: dict) -> None:
@@ -68,13 +70,14 @@ def _edit_many(arguments: EditArguments, settings: dict) -> None:
     from thinkclearly.editing.batch import edit_items, read_items
 
     with PartialState().main_process_first():
-        items, skipped = read_items(arguments.input, arguments.instruction, arguments.split, arguments.on_bad_record)
+        options = arguments.instruction, arguments.split, arguments.on_bad_record, arguments.output_dir
+        items, skipped = read_items(arguments.input, *options)
     names = ("input", "split", "seed", "num_images")
     report = edit_items(
         load_finetune(arguments),
         items,
         arguments.output_dir,
-        run=weights(arguments) | {name: getattr(arguments, name) for name in names} | settings,
+        run=weights(arguments) | {name: getattr(arguments, name) for name in names},
         skipped=skipped,
         batch_size=arguments.batch_size,
         num_images=arguments.num_images,

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import inspect
 import sys
+from dataclasses import dataclass
 
 from thinkclearly.commands.loading import LoadArguments, load_finetune, weights
 from thinkclearly.editing.settings import SettingOverrides, given
-from thinkclearly.recipe import RecipeParser
+from thinkclearly.recipe import RecipeParser, option
 
-USAGE = "usage: thinkclearly evaluate DIR\n       thinkclearly evaluate --benchmark NAME [--help] [--key value …]"
+USAGE = "thinkclearly evaluate DIR\n       thinkclearly evaluate --benchmark NAME [--help] [--key value …]"
+
+
+@dataclass
+class EvaluateArguments(LoadArguments):
+    """The fine-tune that is measured."""
+
+    model: str = option("outputs/clear", "Folder or Hub id of the fine-tune.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     from thinkclearly.evaluation.folder import evaluate_folder
 
     if len(argv) != 1 or argv[0].startswith("-"):
-        sys.stdout.write(USAGE + "\n\n" + inspect.getdoc(evaluate_folder) + "\n")
+        sys.stdout.write("usage: " + USAGE + "\n\n" + inspect.getdoc(evaluate_folder) + "\n")
         raise SystemExit(0 if argv in (["-h"], ["--help"]) else 2)
     evaluate_folder(argv[0])
 
@@ -27,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
 def _benchmark(argv: list[str]) -> None:
     from thinkclearly.evaluation.benchmark import BenchmarkArguments, run_benchmark
 
-    options = [BenchmarkArguments, LoadArguments, SettingOverrides]
-    parser = RecipeParser(options, prog="thinkclearly evaluate", description=__doc__)
+    options = [BenchmarkArguments, EvaluateArguments, SettingOverrides]
+    parser = RecipeParser(options, usage=USAGE, prog="thinkclearly evaluate", description=__doc__)
     arguments, model, overrides = parser.parse(argv)
     run_benchmark(load_finetune(model), arguments, weights(model), given(overrides))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from thinkclearly.commands.loading import Bar, LoadArguments, load_any
+from thinkclearly.decoding.settings import check_seed
 from thinkclearly.editing.settings import SettingOverrides, given
 from thinkclearly.recipe import RecipeParser, option
 
@@ -21,6 +22,10 @@ class GenerateArguments(LoadArguments):
     output_dir: str = option("outputs/generate", "Where 0000.png, 0001.png, … go.")
     num_images: int = option(1, "Samples.")
     seed: int = option(0, "Keys all noise.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_seed(self.seed)
 
 
 def main(argv: list[str] | None = None) -> None:

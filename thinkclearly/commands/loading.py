@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,12 +12,14 @@ from thinkclearly.recipe import DTYPES, check_choice, option
 if TYPE_CHECKING:
     from thinkclearly.editing.editor import Editor
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class LoadArguments:
     """The model."""
 
-    model: str = option("outputs/clear", "Fine-tune (folder or Hub id), ours or the original's directory format.")
+    model: str | None = option(None, "Folder or Hub id; not given: the tiny model that ships along.")
     base: str | None = option(None, "Base model to use instead of the one that the fine-tune names.")
     dtype: str = option("float32", "float32, bfloat16 or float16.")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps; the best there is if not given.")
@@ -31,35 +34,36 @@ class LoadArguments:
 
 
 def load_finetune(arguments: LoadArguments) -> Editor:
-    """An editor from a fine-tune; a missing CLEAR head is an error."""
-    from thinkclearly.training.adapters import load_clear_model
+    """An editor from a fine-tune, the shipped one if none is named; a missing CLEAR head is an error."""
+    from thinkclearly.training.adapters import TINY_CLEAR, load_clear_model
 
-    return _load(arguments, partial(load_clear_model, merge=True))
+    return _load(arguments, partial(load_clear_model, merge=True), shipped=str(TINY_CLEAR))
 
 
 def load_any(arguments: LoadArguments) -> Editor:
-    """A base model where there are only its own files, else a fine-tune."""
+    """A base model where there are only its own files, else a fine-tune; the shipped base if none is named."""
     from thinkclearly.models.checkpoint import resolve
     from thinkclearly.models.clear_head import CONFIG_FILE
     from thinkclearly.models.original_finetune import is_original_finetune
     from thinkclearly.training.adapters import load_base
 
     name = arguments.model
-    directory = None if name == "tiny" else resolve(name)
+    directory = None if name in (None, "tiny") else resolve(name)
     finetuned = directory and ((directory / CONFIG_FILE).is_file() or is_original_finetune(directory))
     if finetuned or (directory and not (directory / "config.json").is_file()):
         return load_finetune(arguments)
     if arguments.base:
         raise ValueError(f"{name} is a base model, not a fine-tune; leave out base={arguments.base}")
-    return _load(arguments, load_base)
+    return _load(arguments, load_base, shipped="tiny")
 
 
-def _load(arguments: LoadArguments, load) -> Editor:
+def _load(arguments: LoadArguments, load, shipped: str) -> Editor:
     import torch
     from accelerate import PartialState
 
     from thinkclearly.editing.editor import Editor
     from thinkclearly.models.quantization import quantization
+    from thinkclearly.training.adapters import SHIPPED
 
     device = arguments.device or PartialState().device
     try:
@@ -72,7 +76,9 @@ def _load(arguments: LoadArguments, load) -> Editor:
         options["quantization_config"] = quantization(bits, options["dtype"])
     if arguments.base:
         options["base"] = arguments.base
-    editor = Editor(*load(arguments.model, **options))
+    if arguments.model is None and PartialState().is_main_process:
+        logger.info("%s; name another with --model", SHIPPED)
+    editor = Editor(*load(arguments.model or shipped, **options))
     if arguments.compile:
         # Prompts, blocks and what the cache holds have other lengths in every pass.
         editor.model.base.model.language_model.compile(dynamic=True)

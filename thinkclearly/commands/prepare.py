@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     from thinkclearly.config import DataArguments, ModelArguments
     from thinkclearly.data.inspect import inspect_dataset
     from thinkclearly.data.jsonl import write_jsonl
-    from thinkclearly.data.sources import read_examples, write_folder
-    from thinkclearly.splits import build_data, read_rows
+    from thinkclearly.data.sources import read_example, write_folder
+    from thinkclearly.splits import build_data
 
     options = [ModelArguments, DataArguments, PrepareArguments]
     parser = RecipeParser(options, skipped=jobs.TRAIN_OPTIONS, prog="thinkclearly prepare", description=__doc__)
@@ -39,8 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     if not PartialState().is_main_process:
         return
     if output.export_folder:
-        rows, _ = read_rows(data)
-        count = write_folder(read_examples(rows, data.on_bad_record), output.export_folder)
+        count = write_folder(map(read_example, prepared.rows["train"]), output.export_folder)
         logger.info("%d samples in %s", count, output.export_folder)
     if output.jsonl:
         write_jsonl(prepared.train, output.jsonl, backbone.model.config.vq_config.num_embeddings)

@@ -10,6 +10,8 @@ from thinkclearly.recipe import DTYPES, RecipeParser, check_choice, option
 
 logger = logging.getLogger(__name__)
 
+USAGE = "thinkclearly push [recipe.yaml | DIR] --repo_id you/name [--key value …]"
+
 
 @dataclass
 class PushArguments:
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml")):
         argv.insert(0, "--model")
-    (arguments,) = RecipeParser(PushArguments, prog="thinkclearly push", description=__doc__).parse(argv)
+    (arguments,) = RecipeParser(PushArguments, usage=USAGE, prog="thinkclearly push", description=__doc__).parse(argv)
 
     import torch
 

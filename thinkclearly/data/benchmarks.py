@@ -18,7 +18,6 @@ from thinkclearly.data.sources import FEATURES, BadRecord, inside, read_json
 TURNS = datasets.Features(
     {
         **FEATURES,
-        "session": datasets.Value("string"),
         "turn": datasets.Value("int32"),
         "caption": datasets.Value("string"),
     }
@@ -71,7 +70,6 @@ def magicbrush_turns(path_or_id: str = "osunlp/MagicBrush", split: str = "dev") 
     order = sorted(range(len(sessions)), key=lambda i: (first[sessions[i]], turns[i]))
     added = {
         "key": [f"{session}-{turn}" for session, turn in zip(sessions, turns)],
-        "session": sessions,
         "turn": turns,
         "caption": [None] * len(turns),
     }

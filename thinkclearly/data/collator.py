@@ -46,6 +46,11 @@ class Collator:
         # Shared memory: data loader workers must see the epoch that the training loop is in.
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
+    def without_dropout(self) -> Collator:
+        """The same for evaluation: every condition is shown."""
+        options = {"skip_padding": self.skip_padding, "legacy_shift": self.legacy_shift}
+        return Collator(self.processor, self.vocabulary, features=self.features, **options)
+
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         n, epoch = self.processor.num_image_tokens, int(self.epoch)
         # 1. What each row says, and what of it is shown. Pictures are numbered through the batch.

@@ -1,7 +1,8 @@
 """Prepared records as JSON lines, the original's exchange format: `{instruction, input_tokens, output_tokens}`.
 
 `output_tokens` holds codes and the names of instruction tokens ("<CLEAR>"); in memory those are ids from
-`codebook_size` on. Knows nothing of models or pictures.
+`codebook_size` on. `origins`, which is ours and may be missing, tells which records share a picture. Knows nothing of
+models or pictures.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 
+from thinkclearly.data.groups import token_origins
 from thinkclearly.data.sources import BadRecord
 from thinkclearly.files import replacing
 
@@ -24,8 +26,10 @@ FEATURES = datasets.Features(
         "instruction": datasets.Value("string"),
         "input_tokens": datasets.List(datasets.Value("int32")),
         "output_tokens": datasets.List(datasets.Value("int32")),
+        "origins": datasets.List(datasets.Value("string")),
     }
 )
+REQUIRED = ("instruction", "input_tokens", "output_tokens")
 
 
 def read_jsonl(
@@ -45,8 +49,9 @@ def read_jsonl(
             as id `codebook_size + i`.
 
     Returns:
-        `tuple`: a Dataset of instruction (str), input_tokens and output_tokens (int32, `num_tokens` each), and one
-        message `FILE:LINE: reason` per skipped line.
+        `tuple`: a Dataset of instruction (str), input_tokens and output_tokens (int32, `num_tokens` each) and origins
+        (str, what tells which records share a picture; made of the tokens where the line has none), and one message
+        `FILE:LINE: reason` per skipped line.
 
     Raises:
         BadRecord: a bad line (`FILE:LINE: …`).
@@ -80,7 +85,7 @@ def read_jsonl(
 
 def _parse(
     line: bytes, codebook_size: int, num_tokens: int, ids: dict[str, int]
-) -> tuple[str, np.ndarray, np.ndarray]:
+) -> tuple[str, np.ndarray, np.ndarray, list[str]]:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -89,7 +94,7 @@ def _parse(
         hint = "" if line.endswith(b"\n") else " The line has no end: was the file cut short?"
         raise BadRecord(f"not a JSON object ({error}).{hint}") from error
     if not isinstance(record, dict):
-        raise BadRecord(f"found {type(record).__name__}, expected an object with {', '.join(FEATURES)}.")
+        raise BadRecord(f"found {type(record).__name__}, expected an object with {', '.join(REQUIRED)}.")
     instruction = record.get("instruction")
     if not isinstance(instruction, str) or not instruction.strip():
         raise BadRecord(f"'instruction' is {instruction!r:.40}, expected text.")
@@ -97,11 +102,12 @@ def _parse(
         instruction.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRecord(f"'instruction' holds half a surrogate pair at {error.start}; it is not text.") from error
-    return (
-        instruction,
-        _tokens(record, "input_tokens", codebook_size, num_tokens, {}),
-        _tokens(record, "output_tokens", codebook_size, num_tokens, ids),
-    )
+    source = _tokens(record, "input_tokens", codebook_size, num_tokens, {})
+    target = _tokens(record, "output_tokens", codebook_size, num_tokens, ids)
+    origins = record.get("origins") or token_origins(source, np.where(target < codebook_size, target, source))
+    if not isinstance(origins, list) or not all(isinstance(name, str) for name in origins):
+        raise BadRecord(f"'origins' is {origins!r:.40}, expected a list of names, or none.")
+    return instruction, source, target, origins
 
 
 def _tokens(record: dict, field: str, codebook_size: int, num_tokens: int, ids: dict[str, int]) -> np.ndarray:
@@ -129,7 +135,7 @@ def write_jsonl(
     words = [f"<{name}>" for name in names]
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for index, row in enumerate(dataset.with_format(None)):
-            line = {name: row[name] for name in FEATURES}
+            line = {name: row[name] for name in FEATURES if name in row}
             for field, last in (("input_tokens", codebook_size), ("output_tokens", codebook_size + len(words))):
                 wrong = [token for token in row[field] if not 0 <= token < last]
                 if wrong:

@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from thinkclearly.data.sources import FEATURES
+from thinkclearly.data.sources import FEATURES, keeps
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,9 @@ COLUMNS = {  # our name -> the names tables use, best first
     "source": ("source_img", "source", "source_image", "input_image", "original_image", "input"),
     "target": ("target_img", "target", "target_image", "edited_image", "output_image", "output"),
     "mask": ("mask_img", "mask", "mask_image", "edit_mask"),
+    "session": ("img_id",),
 }
+OPTIONAL = ("mask", "session")
 SHUFFLE_BUFFER = 1000  # records a streamed table holds back to shuffle among
 
 
@@ -51,7 +53,7 @@ def magicbrush(
 
     Returns:
         `datasets.Dataset` or, when streaming, `datasets.IterableDataset`: `FEATURES`; a key is `dev[12]`, the row
-        counted before filtering.
+        counted before filtering, and `session` is MagicBrush's `img_id`, where there is one.
 
     Raises:
         ValueError: an unknown `match`, a column that cannot be found, or no record left.
@@ -66,13 +68,11 @@ def magicbrush(
     if streaming and table.features is None:
         table = table._resolve_features()
     names = _find_columns(table.column_names, str(path_or_id), turn_index is not None)
-    for side in [s for s in ("source", "target", "mask") if s in names]:  # before anything decodes the pictures
-        table = table.cast_column(names[side], FEATURES[side])
+    for name in [n for n in ("source", "target", "mask", "session") if n in names]:  # before pictures are decoded
+        table = table.cast_column(names[name], FEATURES[name])
     table = table.select_columns(list(names.values()))
     table = table.rename_columns({found: name for name, found in names.items() if found != name})
-    keep = partial(
-        _keep, include=[w.lower() for w in include], exclude=[w.lower() for w in exclude], match=match, turn=turn_index
-    )
+    keep = partial(_keep, include=include, exclude=exclude, match=match, turn=turn_index)
     tested = ["instruction", "turn_index"] if turn_index is not None else ["instruction"]
     if streaming:
         table = table.skip(0)  # freezes the order of the files: a shuffled row's key still tells where it is
@@ -86,8 +86,8 @@ def magicbrush(
     logger.info("%s: %d of %d records pass the filters", path_or_id, len(rows), len(table))
     if not rows[:limit]:
         raise ValueError(f"{path_or_id}: none of {len(table)} records is left; relax include, exclude, limit or turn.")
-    if "mask" not in names:
-        table = table.add_column("mask", [None] * len(table), feature=FEATURES["mask"])
+    for name in [n for n in OPTIONAL if n not in names]:
+        table = table.add_column(name, [None] * len(table), feature=FEATURES[name])
     table = table.add_column("key", [f"{prefix}[{i}]" for i in range(len(table))], feature=FEATURES["key"])
     return table.select(rows[:limit]).select_columns(list(FEATURES))
 
@@ -105,11 +105,11 @@ def load_table(path_or_id: str, split: str, streaming: bool = False) -> datasets
 
 
 def _find_columns(found: list[str], where: str, with_turn: bool) -> dict[str, str]:
-    """Our column name -> the table's; a mask is optional."""
+    """Our column name -> the table's; mask and session are optional."""
     names = {name: next((c for c in known if c in found), None) for name, known in COLUMNS.items()}
     if with_turn:
         names["turn_index"] = "turn_index" if "turn_index" in found else None
-    missing = [name for name, column in names.items() if column is None and name != "mask"]
+    missing = [name for name, column in names.items() if column is None and name not in OPTIONAL]
     if missing:
         known = "; ".join(f"{name} ({', '.join(COLUMNS.get(name, (name,)))})" for name in missing)
         raise ValueError(
@@ -119,13 +119,11 @@ def _find_columns(found: list[str], where: str, with_turn: bool) -> dict[str, st
 
 
 def _keep(instruction: str | None, turn_found: int | None = None, *, include, exclude, match, turn) -> bool:
-    text = (instruction or "").lower()
-    wanted = not include or (any if match == "any" else all)(word in text for word in include)
-    return wanted and not any(word in text for word in exclude) and turn_found == turn
+    return turn_found == turn and keeps(instruction, include, exclude, match)
 
 
 def _with_key(row: dict, index: int, prefix: str) -> dict:
-    return {"mask": None, **row, "key": f"{prefix}[{index}]"}
+    return {"mask": None, "session": None, **row, "key": f"{prefix}[{index}]"}
 
 
 def _with_turn(names: Mapping[str, str]) -> datasets.Features:

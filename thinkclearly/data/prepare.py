@@ -12,7 +12,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,11 +26,12 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, Features, Image, List, Value
 from PIL.Image import Image as Picture
+from PIL.Image import Resampling
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from thinkclearly.data.sources import BadRecord, read_example
-from thinkclearly.files import write_json
+from thinkclearly.data.sources import BadRecord, EditExample, read_example
+from thinkclearly.files import new_folder, write_json
 from thinkclearly.images import Letterbox, patch_difference
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.backbone import Backbone, codebook_hash, encode_tokens
@@ -52,8 +52,10 @@ ENCODED = Features(
         "pixel_difference": List(Value("uint8")),
         "mask_tokens": List(Value("bool")),
         "source": Image(decode=False),
+        "origins": List(Value("string")),
     }
 )
+MAX_STRETCH = 1.03  # of a target against its source; editors that round sizes to multiples of 16 stay under it
 
 
 @dataclass
@@ -108,7 +110,8 @@ def prepare_dataset(
     Returns:
         Dataset with `key`, `instruction`, `input_tokens` (N codes of the source), `output_tokens` (N classes),
         `target_tokens` (N codes of the target), `pixel_difference` (N, largest of the patch, 0-255), `mask_tokens`
-        (N, True where the human mask touches the patch; None without one) and `source` (the picture, encoded).
+        (N, True where the human mask touches the patch; None without one), `source` (the picture, encoded) and
+        `origins` (fingerprints of both pictures, and the session: records that share one are never split).
     """
     if on_bad_record not in ("error", "skip"):
         raise ValueError(f"on_bad_record={on_bad_record!r}; choose 'error' or 'skip'")
@@ -164,6 +167,10 @@ def prepare_dataset(
 def load_encoded(folder: str | Path, backbone: Backbone) -> Dataset:
     """Reads the shards of one preparation; tokens of another codebook or geometry are refused."""
     folder = Path(folder)
+    if not (folder / INFO_FILE).is_file():
+        inside = sorted(str(path.parent) for path in folder.glob(f"*/{INFO_FILE}"))
+        meant = " or ".join(inside) or "the folder that has one"
+        raise FileNotFoundError(f"{folder} has no {INFO_FILE}; give {meant}.")
     found, expected = Preparation(**json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))), _describe(backbone)
     for name in ("codebook_hash", "codebook_size", "image_size", "num_image_tokens"):
         if getattr(found, name) != getattr(expected, name):
@@ -172,8 +179,14 @@ def load_encoded(folder: str | Path, backbone: Backbone) -> Dataset:
                 "Prepare the data again with this model."
             )
     # A shard whose records were all skipped has no data file.
-    shards = sorted({path.parent for path in folder.glob("shard-*/data-*.arrow") if path.parent.suffix != ".tmp"})
-    return datasets.concatenate_datasets([datasets.load_from_disk(str(path)) for path in shards])
+    shards = sorted({path.parent for path in folder.glob("shard-*/data-*.arrow")})
+    encoded = datasets.concatenate_datasets([datasets.load_from_disk(str(path)) for path in shards])
+    if len(encoded) != found.records:
+        raise ValueError(
+            f"{folder} holds {len(encoded)} records, {INFO_FILE} says {found.records}: shards of another preparation "
+            "lie among them. Remove the folder and prepare again, or push again what was pushed."
+        )
+    return encoded
 
 
 def label_dataset(encoded: Dataset, rule: str, tolerance: int, vocabulary: InstructionVocabulary) -> Dataset:
@@ -229,9 +242,9 @@ def _end_with_parent(worker: int) -> None:
 class _Pair:
     """What encoding needs of a row, and what is stored with the codes."""
 
-    row: dict  # key, instruction, source
+    row: dict  # key, instruction, source, origins
     squares: tuple[Picture, Picture]
-    digests: list[bytes]  # of the squares' pixels
+    digests: list[str]  # of the squares' pixels
     pixel_difference: np.ndarray  # (N,) uint8, largest of each patch
     mask_tokens: np.ndarray | None  # (N,) bool
 
@@ -243,18 +256,44 @@ def _read_batch(rows: Sequence[Mapping], size: int, grid: int) -> list[_Pair | s
 
 def _read_pair(row: Mapping, size: int, grid: int) -> _Pair | str:
     try:
-        example = read_example(row)
+        return _pair(row, size, grid)
     except BadRecord as error:
         return str(error)
+
+
+def _pair(row: Mapping, size: int, grid: int) -> _Pair:
+    example = read_example(row)
     box = Letterbox(*example.source.size, size)
-    squares = box.fit(example.source), Letterbox(*example.target.size, size).fit(example.target)
+    squares = box.fit(example.source), _aligned(example, box)
+    origins = [_fingerprint_of(picture) for picture in (example.source, example.target)]
+    if row.get("session") is not None:
+        origins.append(f"session {row['session']}")
     return _Pair(
-        {name: row[name] for name in ("key", "instruction", "source")},
+        {"key": row["key"], "instruction": row["instruction"], "source": row["source"], "origins": origins},
         squares,
-        [hashlib.sha256(square.tobytes()).digest() for square in squares],
+        [_fingerprint_of(square) for square in squares],
         patch_difference(*squares, grid).ravel(),
         None if example.mask is None else box.fit_mask(example.mask, grid).ravel(),
     )
+
+
+def _fingerprint_of(picture: Picture) -> str:
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+
+
+def _aligned(example: EditExample, box: Letterbox) -> Picture:
+    """The target in its source's square, patch over patch. Raises `BadRecord` where its shape is another one."""
+    source, target = example.source, example.target
+    stretch = (target.width * source.height) / (target.height * source.width)
+    if not 1 / MAX_STRETCH <= stretch <= MAX_STRETCH:
+        raise BadRecord(
+            f"{example.key}: the source is {source.width}x{source.height}, the target {target.width}x{target.height}: "
+            "of another shape, so their patches do not show the same. Crop one of them."
+        )
+    own = Letterbox(*target.size, box.size)
+    if (own.inner_width, own.inner_height) == (box.inner_width, box.inner_height):
+        return own.fit(target)
+    return box.fit(target.resize(source.size, Resampling.BICUBIC))
 
 
 def _encode_shard(
@@ -264,8 +303,11 @@ def _encode_shard(
     columns, skipped = {name: [] for name in ENCODED}, []
     # In a session of several turns, a turn's target is the next one's source. Kept for one shard, not for all of a
     # process's, so that batches are the same for any number of processes.
-    codes: dict[bytes, np.ndarray] = {}
+    codes: dict[str, np.ndarray] = {}
     for batch in batches:
+        if path.is_dir():  # another run was faster
+            bar.update(len(batch))
+            continue
         pairs = [item for item in batch if isinstance(item, _Pair)]
         bad = [item for item in batch if isinstance(item, str)]
         if bad and on_bad_record == "error":
@@ -285,12 +327,12 @@ def _encode_shard(
             columns["pixel_difference"].append(pair.pixel_difference)
             columns["mask_tokens"].append(pair.mask_tokens)
         bar.update(len(batch))
-    temporary = path.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with _no_bars():
-        Dataset.from_dict(columns, features=ENCODED).save_to_disk(str(temporary))  # takes the pictures' bytes along
-    (temporary / "skipped.json").write_text(json.dumps(skipped), encoding="utf-8")
-    temporary.rename(path)
+    if path.is_dir():
+        return
+    with new_folder(path) as folder:
+        with _no_bars():
+            Dataset.from_dict(columns, features=ENCODED).save_to_disk(str(folder))  # takes the pictures' bytes along
+        write_json(folder / "skipped.json", skipped)
 
 
 @contextmanager
@@ -317,7 +359,7 @@ def _describe(backbone: Backbone) -> Preparation:
 def _fingerprint(rows: Dataset, backbone: Backbone, info: Preparation) -> str:
     scale = [backbone.processor.image_mean, backbone.processor.image_std]
     text = json.dumps(
-        [rows._fingerprint, info.codebook_hash, info.image_size, info.num_image_tokens, scale, SHARD_SIZE]
+        [rows._fingerprint, info.codebook_hash, info.image_size, info.num_image_tokens, scale, SHARD_SIZE, [*ENCODED]]
     )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

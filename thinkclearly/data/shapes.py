@@ -32,7 +32,7 @@ ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 PLACES = tuple(f"{row} {column}".strip() or "center" for row in ROWS for column in COLUMNS)
 OPERATIONS = ("recolour", "remove", "add", "move", "replace", "background")
 
-# Photographs that scikit-image and this package ship (docs/credits.md); training never draws the held-out ones.
+# Photographs that scikit-image and this package ship (docs/credits.md); each part of the data draws on its own.
 PACKAGED_PHOTOS = {
     "train": (
         ("skimage", "data/astronaut.png"),
@@ -42,6 +42,11 @@ PACKAGED_PHOTOS = {
         ("skimage", "data/grass.png"),
         ("skimage", "data/brick.png"),
         ("thinkclearly", "photographs/china.jpg"),
+    ),
+    "calibration": (
+        ("skimage", "data/hubble_deep_field.jpg"),
+        ("skimage", "data/ihc.png"),
+        ("skimage", "data/retina.jpg"),
     ),
     "test": (("skimage", "data/chelsea.png"), ("thinkclearly", "photographs/flower.jpg")),
 }
@@ -274,7 +279,7 @@ def _photo(path: str) -> Image.Image:
 
 
 def packaged_photos(split: str = "train") -> list[str]:
-    """Paths of the photographs that scikit-image and this package ship; `split` is "train" or "test"."""
+    """Paths of the photographs that scikit-image and this package ship for "train", "calibration" or "test"."""
     paths = []
     for package, name in PACKAGED_PHOTOS[split]:
         spec = find_spec(package)

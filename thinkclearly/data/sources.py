@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +25,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from thinkclearly.data import shapes as shape_generator
+from thinkclearly.files import new_folder, write_json
 from thinkclearly.images import ImageError, load_image, load_mask
 
 logger = logging.getLogger(__name__)
@@ -37,9 +37,11 @@ FEATURES = datasets.Features(
         "source": datasets.Image(decode=False),
         "target": datasets.Image(decode=False),
         "mask": datasets.Image(decode=False),
+        "session": datasets.Value("string"),
     }
 )
-TEST_OFFSET = 1_000_000_000  # so that training and test shapes of one seed are never the same example
+PARTS = ("train", "calibration", "test")
+OFFSETS = {"train": 0, "test": 1_000_000_000, "calibration": 2_000_000_000}  # of a part's first built-in edit
 
 
 class BadRecord(ValueError):
@@ -78,17 +80,6 @@ def read_example(row: Mapping) -> EditExample:
     return EditExample(source, target, instruction, mask, key)
 
 
-def read_examples(rows: Iterable[Mapping], on_bad_record: str = "error") -> Iterator[EditExample]:
-    """`read_example` of each row; with `on_bad_record` "skip", without those that cannot be used."""
-    for row in rows:
-        try:
-            yield read_example(row)
-        except BadRecord as error:
-            if on_bad_record == "error":
-                raise
-            logger.warning("Skipped: %s", error)
-
-
 def _label(row: Mapping, side: str) -> str:
     path = (row[side] or {}).get("path")
     return f"{row['key']}: {side}" + (f" {path}" if path else "")
@@ -116,7 +107,8 @@ def folder(path: str | os.PathLike) -> datasets.Dataset:
     rows = []
     for sample in samples:
         metadata = read_json(sample / "metadata.json", dict)
-        row = {"key": sample.name, "instruction": _text(metadata.get("instruction"), sample.name, "instruction")}
+        instruction = _text(metadata.get("instruction"), sample.name, "instruction")
+        row = {"key": sample.name, "instruction": instruction, "session": None}
         for side in ("source", "target", "mask"):
             given = metadata.get(side, f"{side}.png")
             picture = inside(sample, given, f"{sample / 'metadata.json'}: {side}")
@@ -145,16 +137,20 @@ def write_folder(examples: Iterable[EditExample], path: str | os.PathLike) -> in
             if read_json(root / name / "metadata.json", dict) != metadata:
                 raise FileExistsError(f"{root / name} is of another export; choose another folder or remove it first.")
             continue
-        temporary = root / f".{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        for side in ("source", "target", "mask"):
-            picture = getattr(example, side)
-            if picture is not None:
-                picture.save(temporary / f"{side}.png")
-        (temporary / "metadata.json").write_text(json.dumps(metadata, ensure_ascii=False, indent=1), encoding="utf-8")
-        temporary.rename(root / name)
+        with new_folder(root / name) as sample:
+            for side in ("source", "target", "mask"):
+                picture = getattr(example, side)
+                if picture is not None:
+                    picture.save(sample / f"{side}.png")
+            write_json(sample / "metadata.json", metadata)
     return count
+
+
+def keeps(instruction: str | None, include: Sequence[str], exclude: Sequence[str], match: str) -> bool:
+    """Whether an instruction holds any or all (`match`) of the words to include and none to exclude, in any case."""
+    text = (instruction or "").lower()
+    wanted = not include or (any if match == "any" else all)(word.lower() in text for word in include)
+    return wanted and not any(word.lower() in text for word in exclude)
 
 
 def sharegpt4o(path: str | os.PathLike, limit: int | None = None) -> datasets.Dataset:
@@ -190,6 +186,7 @@ def sharegpt4o(path: str | os.PathLike, limit: int | None = None) -> datasets.Da
                     "source": {"path": str(source), "bytes": None},
                     "target": {"path": str(target), "bytes": None},
                     "mask": None,
+                    "session": None,
                 }
             )
     logger.info(
@@ -254,26 +251,24 @@ def shapes(
 ) -> datasets.Dataset:
     """`count` built-in edits with true masks, long side `size`, rendered once as PNG into the datasets cache.
 
-    Row i is `random_edit(seed, n, photos, operations)` with n = i for training and `TEST_OFFSET` + i for test; its
-    key is `shapes[seed:n]`. The two splits share neither edits nor (packaged) photographs.
+    Row i is `random_edit(seed, n, photos, operations)` with n = `OFFSETS[split]` + i; its key is `shapes[seed:n]`.
+    The splits "train", "calibration" and "test" share neither edits nor photographs.
 
     Args:
-        photos_folder (`str` or `os.PathLike`, *optional*): draw on all pictures under this folder instead of the
-            photographs that scikit-image and this package ship. Use different folders for training and test.
+        photos_folder (`str` or `os.PathLike`, *optional*): draw on the pictures under this folder instead of the
+            photographs that scikit-image and this package ship; see `photos_of`.
 
     Raises:
-        ValueError: an unknown split or operation, no picture in the folder, or a count below 1.
+        ValueError: an unknown split or operation, too few pictures in the folder, or a count below 1.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split={split!r}: the built-in shapes have 'train' and 'test'.")
     unknown = set(operations) - set(shape_generator.OPERATIONS)
     if unknown or not operations:
         raise ValueError(f"operations={operations!r}: expected some of {', '.join(shape_generator.OPERATIONS)}.")
     if count < 1 or size < 32:
         raise ValueError(f"shapes: count={count}, size={size}; expected at least 1 edit of at least 32 pixels.")
-    photos = shape_generator.packaged_photos(split) if photos_folder is None else pictures_in(photos_folder)
+    photos = photos_of(split, photos_folder)
     arguments = {
-        "numbers": (first := TEST_OFFSET * (split == "test"), first + count),
+        "numbers": (first := OFFSETS[split], first + count),
         "size": size,
         "seed": seed,
         "photos": tuple(photos),  # a list would be taken for shards
@@ -286,6 +281,33 @@ def shapes(
     return datasets.Dataset.from_generator(
         _render_shapes, features=FEATURES, gen_kwargs=arguments, fingerprint=fingerprint
     )
+
+
+def photos_of(split: str, photos_folder: str | os.PathLike | None = None) -> list[str]:
+    """The photographs that the built-in edits of "train", "calibration" or "test" are drawn on: paths.
+
+    Of a folder, calibration and test take a fifth of the pictures each, at least one, chosen by the files' bytes:
+    copies of a picture under other names stay together.
+
+    Raises:
+        ValueError: an unknown split, or fewer than three different pictures in the folder.
+    """
+    if split not in PARTS:
+        raise ValueError(f"split={split!r}: the built-in shapes have {', '.join(PARTS)}.")
+    if photos_folder is None:
+        return shape_generator.packaged_photos(split)
+    copies: dict[str, list[str]] = {}
+    for path in pictures_in(photos_folder):
+        with open(path, "rb") as file:
+            copies.setdefault(hashlib.file_digest(file, "sha256").hexdigest(), []).append(path)
+    if len(copies) < len(PARTS):
+        raise ValueError(
+            f"{photos_folder}: {len(copies)} different pictures; expected 3 or more, since training, calibration and "
+            "evaluation draw on photographs of their own."
+        )
+    order, fifth = sorted(copies), max(1, len(copies) // 5)
+    held_out = {"test": order[:fifth], "calibration": order[fifth : 2 * fifth], "train": order[2 * fifth :]}
+    return sorted(path for digest in held_out[split] for path in copies[digest])
 
 
 def pictures_in(folder: str | os.PathLike) -> list[str]:
@@ -301,7 +323,7 @@ def pictures_in(folder: str | os.PathLike) -> list[str]:
 def _render_shapes(numbers, size, seed, photos, operations) -> Iterator[dict]:
     for number in range(*numbers):
         edit = shape_generator.random_edit(seed, number, photos, operations)
-        row = {"key": f"shapes[{seed}:{number}]", "instruction": edit.instruction}
+        row = {"key": f"shapes[{seed}:{number}]", "instruction": edit.instruction, "session": None}
         for side, picture in zip(
             ("source", "target", "mask"), edit.render(*shape_generator.picture_size(seed, number, size))
         ):

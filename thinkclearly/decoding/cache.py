@@ -5,6 +5,7 @@ Knows nothing of pictures or acceptance: it is told where the next tokens of eac
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -14,20 +15,37 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+_LOCK = threading.Lock()
+_SWITCHED: dict[int, tuple[str, int]] = {}  # id of a config → its own implementation, how many are inside
+
 
 @contextmanager
 def masked_attention(language_model: PreTrainedModel):
-    """With sdpa, which takes any mask: flash attention knows causal ones only, eager would add ours as numbers."""
+    """With sdpa, which takes any mask: flash attention knows causal ones only, eager would add ours as numbers.
+
+    The setting belongs to the model, which several threads may use: the first one in switches, the last one out
+    switches back. Whatever else runs the model meanwhile has to be inside as well.
+    """
     config = language_model.config
-    implementation, config._attn_implementation = config._attn_implementation, "sdpa"
+    with _LOCK:
+        own, inside = _SWITCHED.get(id(config), (config._attn_implementation, 0))
+        _SWITCHED[id(config)] = own, inside + 1
+        config._attn_implementation = "sdpa"
     try:
         yield
     finally:
-        config._attn_implementation = implementation
+        with _LOCK:
+            own, inside = _SWITCHED.pop(id(config))
+            if inside > 1:
+                _SWITCHED[id(config)] = own, inside - 1
+            else:
+                config._attn_implementation = own
 
 
 class BlockCache(Cache):
     """Static keys and values; each row writes where it stands, so that taking tokens back costs nothing.
+
+    A layer's keys and values lie where the layer computes; masks and slots come from the device of `visible`.
 
     Args:
         layers: number of layers of the language model.
@@ -78,15 +96,18 @@ class _BlockLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows = self.row_numbers if self.taking_part is None else self.taking_part
-        self.keys[rows[:, None], :, self.slots] = key_states.transpose(1, 2)
-        self.values[rows[:, None], :, self.slots] = value_states.transpose(1, 2)
+        device = key_states.device
+        rows = self.row_numbers if self.taking_part is None else self.taking_part.to(device)
+        slots = self.slots.to(device)
+        self.keys[rows[:, None], :, slots] = key_states.transpose(1, 2)
+        self.values[rows[:, None], :, slots] = value_states.transpose(1, 2)
         if self.taking_part is None:
             return self.keys[:, :, : self.end], self.values[:, :, : self.end]
         return self.keys[rows, :, : self.end], self.values[rows, :, : self.end]
 
     def keep(self, rows: torch.Tensor) -> None:
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        here = rows.to(self.keys.device)
+        self.keys, self.values = self.keys[here], self.values[here]
         self.rows = len(self.keys)
         self.row_numbers = torch.arange(self.rows, device=self.keys.device)
 

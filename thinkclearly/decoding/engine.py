@@ -81,7 +81,8 @@ def decode(
 
     Args:
         embeds: (P·R, L, H), the rows of a prompt next to each other, in the order of `rows`. The last position is the
-            one that the first code is predicted from.
+            one that the first code is predicted from. All tensors are on its device, and so are the results; the
+            parts of the model may lie on others.
         attention_mask: long (P·R, L), 0 on left padding.
         rows: name → weight of each row in the guided logits; see `guided_rows`.
         samples: (seed, sample number) of each sample, which key its noise; those of a prompt next to each other.
@@ -99,7 +100,7 @@ def decode(
     reader.read_prompts()
     reader.keep(torch.arange(count, device=embeds.device) // per_prompt)
     # 2. Check a block of drafts in each pass, until all samples are done.
-    choose = _Chooser(model, settings, rows, samples, transformed, capacity)
+    choose = _Chooser(model, settings, rows, samples, transformed, capacity, embeds.device)
     board = _Board(count, num_tokens, capacity, width, embeds.device)
     board.logits = torch.zeros(count, capacity, choose.classes, device=embeds.device) if keep_logits else None
     if source_tokens is not None:
@@ -155,7 +156,7 @@ class _Reader:
     def forward(self, fed_codes: torch.Tensor, index: torch.Tensor, end: int) -> torch.Tensor:
         """Hidden states (A·R, B, H) that predict positions `index` (A, B), each from the code before it."""
         rows = len(self.names)
-        fed = self.family.embed_codes(fed_codes).to(self.boi.dtype).repeat_interleave(rows, dim=0)
+        fed = self.family.embed_codes(fed_codes).to(self.boi).repeat_interleave(rows, dim=0)
         index = index.repeat_interleave(rows, dim=0)
         fed = torch.where((index == 0).unsqueeze(-1), self.boi, fed)
         return self._run(fed, index + self.last, self.last + end)
@@ -173,13 +174,14 @@ class _Reader:
         language_model = self.family.language_model
         positions = self.positions if rows is None else self.positions[rows]
         with masked_attention(language_model):
-            return language_model(
+            output = language_model(
                 inputs_embeds=embeds,
                 attention_mask=self.cache.step(slots, end, rows),
                 position_ids=positions.gather(1, slots),
                 past_key_values=self.cache,
                 use_cache=True,
-            ).last_hidden_state
+            )
+        return output.last_hidden_state.to(embeds.device)
 
 
 class _Board:
@@ -289,7 +291,7 @@ class _Found:
 class _Chooser:
     """From hidden states of all rows to one class and code at each position of a block."""
 
-    def __init__(self, model: InstructionModel, settings: DecodeSettings, rows, samples, transformed, capacity: int):
+    def __init__(self, model: InstructionModel, settings: DecodeSettings, rows, samples, transformed, capacity, device):
         self.model, self.settings, self.weights = model, settings, rows
         self.classes = model.vocabulary.num_classes
         self.filters = warpers(settings.temperature, settings.top_k, settings.top_p)
@@ -299,13 +301,13 @@ class _Chooser:
         self.noise = None
         if settings.temperature > 0:
             noise = [gumbel_noise(*key, capacity, self.classes) for key in samples]
-            self.noise = torch.stack(noise).to(model.device)
+            self.noise = torch.stack(noise).to(device)
 
     def __call__(self, hidden: torch.Tensor, live: torch.Tensor, index: torch.Tensor) -> _Found:
         """Hidden states (A·R, B, H) of samples (A, 1) at positions (A, B)."""
         settings, codebook = self.settings, self.model.vocabulary.codebook_size
         count, length = index.shape
-        logits = self.model.logits(hidden).view(count, len(self.weights), length, -1)
+        logits = self.model.logits(hidden).to(index.device).view(count, len(self.weights), length, -1)
         # 1. Guide: (A, R, B, C) to (A·B, C). Positions are drawn independently: they count as samples here.
         rows = dict(zip(self.weights, logits.unbind(1)))
         guided = guide(rows, self.weights).flatten(0, 1)

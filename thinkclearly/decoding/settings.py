@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 from thinkclearly.recipe import option
@@ -24,8 +25,7 @@ class DecodeSettings:
     cfg_weight2: float = option(5.0, "Weight of the part row (no source codes) against the full row.")
     prefer: str = option(
         "balanced",
-        "Factorised only. edit: copy where unchanged is 10 times as likely as changed, so that edits have no holes; "
-        "exact: the other way round; balanced: the likelier.",
+        "edit: copy only where unchanged is 10 times as likely (no holes in edits); exact: the other way round.",
     )
     clear_bias: float = option(0.0, "Added to the calibrated log-odds of copying (joint: to the CLEAR logit).")
     temperature: float = option(1.0, "Sampling temperature of the codes; 0 decodes greedily.")
@@ -56,3 +56,9 @@ class DecodeSettings:
             raise ValueError(f"top_k={self.top_k}; expected 0 (all) or the number of codes to keep")
         if self.block < 0:
             raise ValueError(f"block={self.block}; expected 0 (adaptive), 1 (one by one) or a number of positions")
+
+
+def check_seed(seed) -> None:
+    """Raises `ValueError` for a seed that cannot key noise, before anything is computed with it."""
+    if type(seed) is bool or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed!r}; expected a whole number from 0 to 2**64 - 1, which gives the same each time")

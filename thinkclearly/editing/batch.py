@@ -5,32 +5,36 @@ Knows how items are read, skipped and written. Does not know how an edit is made
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from PIL import Image
 from tqdm.auto import tqdm
 
 from thinkclearly.data.magicbrush import COLUMNS, load_table
 from thinkclearly.data.sources import BadRecord, inside, pictures_in
+from thinkclearly.decoding.settings import check_seed
 from thinkclearly.editing.editor import Editor
-from thinkclearly.files import replacing, write_json
-from thinkclearly.images import ImageError, load_image
+from thinkclearly.files import replacing, strict, write_json
+from thinkclearly.images import ImageError, load_photo
 
 logger = logging.getLogger(__name__)
 
 ITEMS = datasets.Features(
     {"key": datasets.Value("string"), "instruction": datasets.Value("string"), "image": datasets.Image(decode=False)}
 )
-RUN_FILE, TABLE_FILE, SKIPPED_FILE = "run.json", "results.parquet", "skipped.json"
+RUN_FILE, TABLE_FILE, SKIPPED_FILE, ITEM_FILE = "run.json", "results.parquet", "skipped.json", "item.json"
 
 
 @dataclass
@@ -43,16 +47,22 @@ class BatchReport:
 
 
 def read_items(
-    source: str, instruction: str | None = None, split: str = "train", on_bad_record: str = "error"
+    source: str,
+    instruction: str | None = None,
+    split: str = "train",
+    on_bad_record: str = "error",
+    output_dir: str | Path | None = None,
 ) -> tuple[Dataset, list[str]]:
     """Pictures to edit, with columns `key`, `instruction` and `image`, and one message for each bad line.
 
     Args:
-        source: a folder of pictures; a `.jsonl` file with `image` (a path inside the file's folder), `instruction`
-            and, if wanted, `key` in each line; or a data set: Hub id, `.parquet` file, or folder of `save_to_disk`.
+        source: a folder of pictures, read without the results of earlier runs in it; a `.jsonl` file with `image` (a
+            path inside the file's folder), `instruction` and, if wanted, `key` in each line; or a data set: Hub id,
+            `.parquet` file, or folder of `save_to_disk`.
         instruction: of every item that has none of its own.
         split: of a data set on the Hub.
         on_bad_record: `"error"` stops at the first bad line, `"skip"` leaves it out.
+        output_dir: where results will go; may lie in the folder.
 
     Raises:
         BadRecord: a line that is not a JSON object with a picture inside the file's folder.
@@ -60,7 +70,7 @@ def read_items(
     """
     path, skipped = Path(source), []
     if path.is_dir() and not (path / "dataset_info.json").is_file():
-        rows = [(str(Path(file).relative_to(path)), None, {"path": file}) for file in pictures_in(path)]
+        rows = [(str(file.relative_to(path)), None, {"path": str(file)}) for file in _photos(path, output_dir)]
     elif path.suffix == ".jsonl":
         rows = []
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
@@ -97,52 +107,74 @@ def edit_items(
     """Edits what is not yet edited; every process of a launch takes its share.
 
     Each item becomes a folder of `output_dir` named by its key (`EditResult.save`), which appears only when complete,
-    so that the same call again goes on. At the end `results.parquet` has one row an item.
+    so that the same call again goes on. Items whose picture or instruction is another one than before are edited
+    anew. At the end `results.parquet` has one row an item.
 
     Args:
         items: see `read_items`.
-        run: what the results depend on; kept in `run.json`, and a later call that differs is refused.
+        run: names what the results come from, e.g. `model`; kept in `run.json` with `Editor.fingerprint`. A later call
+            that differs in it, or in the model and settings themselves, is refused.
         skipped: messages about what reading left out.
         on_bad_record: `"error"` stops at a bad item, `"skip"` leaves it out; `skipped.json` lists them.
         overrides: fields of `EditSettings`.
 
     Raises:
         BadRecord: an item without instruction or with a picture that cannot be read; the message names it.
-        ValueError: `output_dir` belongs to another run.
+        ValueError: `output_dir` belongs to another run; the message names what is different.
     """
+    check_seed(seed)
     output_dir, state = Path(output_dir), PartialState()
     if state.is_main_process:
-        _claim(output_dir, run)
+        _claim(output_dir, run | editor.fingerprint(**overrides))
     state.wait_for_everyone()
-    wanted = list(zip(items["key"], items["instruction"]))
     mine = range(state.process_index, len(items), state.num_processes)
-    todo = [i for i in mine if _rows(output_dir, *wanted[i], num_images) is None]
-    done, edited, bad = len(mine) - len(todo), 0, []
-    with tqdm(total=len(mine), initial=done, desc="edit", unit="picture", disable=not state.is_main_process) as bar:
+    finished = _finished(output_dir, items, mine, num_images)
+    todo, edited, bad = [i for i in mine if i not in finished], 0, []
+    options = {"num_images": num_images, "seed": seed, **overrides}
+    with tqdm(total=len(mine), desc="edit", unit="picture", disable=not state.is_main_process) as bar:
+        bar.update(len(finished))
         for start in range(0, len(todo), batch_size):
-            numbers = todo[start : start + batch_size]
-            good = []
-            for row in items.select(numbers):
+            batch = {}
+            for i in todo[start : start + batch_size]:
                 try:
-                    good.append((row["key"], *_check(row)))
+                    batch[i] = _read(items[i])
                 except BadRecord as error:
                     if on_bad_record == "error":
                         raise
                     bad.append(str(error))
-            if good:
-                keys, pictures, instructions = map(list, zip(*good))
-                results = editor.edit_many(pictures, instructions, num_images=num_images, seed=seed, **overrides)
-                for result, key in zip(results, [key for key in keys for _ in range(num_images)]):
-                    result.seconds = {stage: round(s / len(results), 4) for stage, s in result.seconds.items()}
-                    _save(result, output_dir / _folder(key, result.sample, num_images))
-                edited += len(good)
-            bar.update(len(numbers))
+            if batch:
+                _edit(editor, list(batch.values()), output_dir, options)
+            finished |= batch.keys()
+            edited += len(batch)
+            bar.update(len(todo[start : start + batch_size]))
     state.wait_for_everyone()
     report = BatchReport(len(items), sum(gather_object([edited])), [*skipped, *gather_object(bad)])
+    everything = sorted(gather_object(list(finished)))
     if state.is_main_process:
-        _write_tables(output_dir, wanted, num_images, report.skipped)
+        _write_tables(output_dir, items.select(everything)["key"], len(items), num_images, report.skipped)
     state.wait_for_everyone()
     return report
+
+
+def _photos(folder: Path, output_dir: str | Path | None) -> list[Path]:
+    """Pictures below a folder, without those that lie in `output_dir` or in any folder of results."""
+    if output_dir is not None and folder.resolve() == Path(output_dir).resolve():
+        raise ValueError(f"{folder} is the input and the output_dir; give another --output_dir, inside it if you like")
+    output = None if output_dir is None else Path(output_dir).resolve()
+
+    @lru_cache
+    def results(below: Path) -> bool:
+        if below == folder:
+            return False
+        return below.resolve() == output or (below / RUN_FILE).is_file() or results(below.parent)
+
+    found = list(map(Path, pictures_in(folder)))
+    photos = [file for file in found if not results(file.parent)]
+    if len(photos) < len(found):
+        logger.info("%s: %d pictures are results of editing, not input", folder, len(found) - len(photos))
+    if not photos:
+        raise ValueError(f"{folder}: found results of editing and no other picture; give the folder of photographs")
+    return photos
 
 
 def _read_line(path: Path, number: int, line: str) -> tuple[str, str | None, dict]:
@@ -194,58 +226,114 @@ def _folder(key: str, sample: int = 0, num_images: int = 1) -> str:
     return re.sub(r"[^\w-]", "_", key) + (f"-{sample:04d}" if num_images > 1 else "")
 
 
-def _check(row: dict):
+@dataclass
+class _Item:
+    """One picture to edit, read; `sha256` is that of its bytes."""
+
+    key: str
+    instruction: str
+    photo: Image.Image
+    sha256: str
+
+
+def _read(row: dict) -> _Item:
     if not (row["instruction"] or "").strip():
         raise BadRecord(f"{row['key']}: the instruction is empty; say what to change, or give --instruction for all.")
     try:
-        return load_image(row["image"], name=row["key"]), row["instruction"]
+        data = _bytes(row["image"])
+        photo = load_photo(data, name=row["key"])
     except ImageError as error:
         raise BadRecord(str(error)) from error
+    except OSError as error:
+        raise BadRecord(f"{row['key']}: cannot be read ({error}). Check the path.") from error
+    return _Item(row["key"], row["instruction"], photo, hashlib.sha256(data).hexdigest())
+
+
+def _bytes(image: dict) -> bytes:
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+
+
+def _edit(editor: Editor, batch: list[_Item], output_dir: Path, options: dict) -> None:
+    """Edits a batch and puts each result in its place."""
+    results = editor.edit_many([item.photo for item in batch], [item.instruction for item in batch], **options)
+    each = len(results) // len(batch)
+    for k, result in enumerate(results):
+        item = batch[k // each]
+        result.seconds = {stage: round(s / len(results), 4) for stage, s in result.seconds.items()}
+        folder = output_dir / _folder(item.key, result.sample, each)
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        for leftover in (temporary, folder):
+            shutil.rmtree(leftover, ignore_errors=True)
+        result.save(temporary)
+        write_json(temporary / ITEM_FILE, {"sha256": item.sha256})
+        temporary.rename(folder)
 
 
 def _claim(output_dir: Path, run: dict) -> None:
-    """Results of different settings do not go into one folder."""
-    path = output_dir / RUN_FILE
+    """Results of different models and settings do not go into one folder."""
+    path, run = output_dir / RUN_FILE, strict(run)
     output_dir.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        other = sorted(key for key in found.keys() | run.keys() if found.get(key) != run.get(key))
+        found, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(run)
+        other = [key for key in {**found, **now} if found.get(key) != now.get(key)]
+        if "weights" not in other:  # the same model may have moved
+            other = [key for key in other if key not in ("model", "base")]
         if other:
-            text = ", ".join(f"{key}={found.get(key)!r} (now {run.get(key)!r})" for key in other)
+            text = ", ".join(f"{key}={found.get(key)!r} (now {now.get(key)!r})" for key in other)
             raise ValueError(f"{output_dir} holds edits made with {text}. Give another --output_dir, or remove it.")
     write_json(path, run)
 
 
-def _save(result, folder: Path) -> None:
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for leftover in (temporary, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    result.save(temporary)
-    temporary.rename(folder)
+def _flat(run: dict) -> dict:
+    """`{"settings": {"seed": 1}}` as `{"settings.seed": 1}`."""
+    flat = {}
+    for key, value in run.items():
+        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
-def _rows(output_dir: Path, key: str, instruction: str | None, num_images: int) -> list[dict] | None:
-    """The table's rows of a finished item; None where a sample is missing or was asked for in other words."""
+def _finished(output_dir: Path, items: Dataset, mine: range, num_images: int) -> set[int]:
+    """Numbers of the items that were edited as they are now; says which were edited as they were before."""
+    finished, stale = set(), []
+    for i in mine:
+        item = items[i]
+        rows = _rows(output_dir, item["key"], num_images)
+        if len(rows) < num_images:
+            continue
+        try:
+            now = item["instruction"], hashlib.sha256(_bytes(item["image"])).hexdigest()
+        except OSError:  # for `_read` to tell
+            now = None
+        if all((row["instruction"], row["sha256"]) == now for row in rows):
+            finished.add(i)
+        else:
+            stale.append(item["key"])
+    if stale:
+        logger.info("%d items have another picture or instruction than before: %.200s", len(stale), ", ".join(stale))
+    return finished
+
+
+def _rows(output_dir: Path, key: str, num_images: int) -> list[dict]:
+    """The table's rows of an item, one for each sample that is there."""
     rows = []
     for sample in range(num_images):
         name = _folder(key, sample, num_images)
+        files = [output_dir / name / file for file in ("result.json", ITEM_FILE)]
         try:
-            result = json.loads((output_dir / name / "result.json").read_text(encoding="utf-8"))
+            result, source = (json.loads(file.read_text(encoding="utf-8")) for file in files)
         except FileNotFoundError:
-            return None
-        if result["instruction"] != instruction:
-            return None
-        row = {"key": key, "instruction": instruction, "sample": sample}
+            continue
+        row = {"key": key, "instruction": result["instruction"], "sample": sample, "sha256": source["sha256"]}
         row |= {kind: f"{name}/{kind}.png" for kind in ("pixel_composite", "raw_model", "clear_mask")}
-        row |= {field: result[field] for field in ("clear_fraction", "passes", "tokens")}
+        row |= {field: result[field] for field in ("clear_fraction", "passes", "fed_codes")}
         rows.append(row | {"seconds": sum(result["seconds"].values())})
     return rows
 
 
-def _write_tables(output_dir: Path, wanted: list[tuple], num_images: int, skipped: list[str]) -> None:
-    rows = [row for item in wanted for row in _rows(output_dir, *item, num_images) or ()]
+def _write_tables(output_dir: Path, keys: list[str], total: int, num_images: int, skipped: list[str]) -> None:
+    rows = [row for key in keys for row in _rows(output_dir, key, num_images)]
     write_json(output_dir / SKIPPED_FILE, skipped)
     if not rows:
-        raise BadRecord(f"none of {len(wanted)} items could be edited; {output_dir / SKIPPED_FILE} says why.")
+        raise BadRecord(f"none of {total} items could be edited; {output_dir / SKIPPED_FILE} says why.")
     with replacing(output_dir / TABLE_FILE) as temporary:
         Dataset.from_list(rows).to_parquet(temporary)

@@ -1,6 +1,6 @@
 """Putting untouched source pixels back: mask cleaning, feathering, and the composite at the source's own size.
 
-Works on arrays at any resolution. Knows nothing of models.
+Works on pictures of any resolution. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from scipy.ndimage import convolve, distance_transform_edt
 
+from thinkclearly.colour import with_metadata
 from thinkclearly.images import Letterbox
 
 BAND = 512  # rows that are blended at a time
@@ -36,24 +37,28 @@ def composite(
     letterbox: Letterbox,
     feather_radius_px: float,
     feather: str = "inside",
-) -> Image.Image:
+) -> tuple[Image.Image, np.ndarray]:
     """Source where a patch is CLEAR, edited elsewhere, at the source's own size.
 
     Args:
-        source: RGB, the picture as it came, W×H.
-        edited: RGB, W×H, the decoded picture brought back to the source's size.
+        source: RGB or RGBA, the photo as it came, W×H.
+        edited: of the same mode and size, the decoded picture in the source's colours; see `colour.painted`.
         clear: bool (g, g), True where the patch is the source.
         letterbox: geometry between the two.
         feather_radius_px: width of the transition, pixels of the model's square; 0 for a hard edge.
         feather: `"inside"` keeps every pixel of a CLEAR patch byte for byte and blends on the edited side only;
             `"two_sided"` is the original's Gaussian blur of the mask, which leaks both ways.
+
+    Returns:
+        The composite, with the source's metadata, and bool (H, W): the pixels that are the source's own, untouched by
+        the blend.
     """
     if feather not in ("inside", "two_sided"):
         raise ValueError(f"feather={feather!r}; choose 'inside' or 'two_sided'")
     clear_pixels = letterbox.unfit_grid(clear)
     radius = feather_radius_px * max(letterbox.width, letterbox.height) / letterbox.size
     base, new = np.asarray(source), np.asarray(edited)
-    result = base.copy()
+    result, kept = base.copy(), np.empty(base.shape[:2], bool)
     if feather == "two_sided":
         alpha = np.asarray(Image.fromarray(np.uint8(clear_pixels) * 255).filter(ImageFilter.GaussianBlur(radius)))
     # A large photograph is blended in bands: floating point copies of all of it would be many times its size.
@@ -64,10 +69,11 @@ def composite(
         else:
             share = _inside_share(clear_pixels, rows, radius)
         blended = share > 0
+        kept[rows] = ~blended
         share = share[blended][:, None]
         blend = base[rows][blended] * (1 - share) + new[rows][blended] * share
         result[rows][blended] = np.rint(blend).astype(np.uint8)
-    return Image.fromarray(result)
+    return with_metadata(Image.fromarray(result), source.info), kept
 
 
 def _inside_share(clear_pixels: np.ndarray, rows: slice, radius: float) -> np.ndarray:

@@ -5,23 +5,34 @@ The one place where preprocessing, decoding and compositing meet. Knows nothing 
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import GenerationMixin
 
+from thinkclearly.colour import painted, seen
+from thinkclearly.decoding.cache import masked_attention
 from thinkclearly.decoding.engine import Decoded, decode
-from thinkclearly.decoding.settings import DecodeSettings
+from thinkclearly.decoding.settings import DecodeSettings, check_seed
 from thinkclearly.editing.composite import composite, smooth_mask
 from thinkclearly.editing.result import EditResult
 from thinkclearly.editing.settings import EditSettings
-from thinkclearly.images import Letterbox, load_image, to_image
+from thinkclearly.images import Letterbox, load_image, load_photo, to_image
 from thinkclearly.models.backbone import decode_tokens, embed_prompt, encode_tokens, image_features
 from thinkclearly.models.clear_head import ClearEditModel
+from thinkclearly.models.fingerprint import fingerprint
 from thinkclearly.models.prompt import FULL, PART, UNCOND, ClearEditProcessor
+
+logger = logging.getLogger(__name__)
+_RANDOM = threading.Lock()
 
 
 class Editor:
@@ -39,6 +50,14 @@ class Editor:
             self.settings = settings or _override(EditSettings(), model.clear_config.edit)
         except TypeError as error:
             raise ValueError(f"The checkpoint's clear_config.json: {error}. A newer thinkclearly? Upgrade.") from error
+
+    def fingerprint(self, **overrides) -> dict:
+        """What an edit depends on besides picture, words and seed: `models.fingerprint`, and all `settings`.
+
+        Args:
+            overrides: fields of `EditSettings`, as for `edit`.
+        """
+        return fingerprint(self.model) | {"settings": asdict(_override(self.settings, overrides))}
 
     def edit(self, image, instruction: str, *, num_images: int = 1, seed: int = 0, progress=None, **overrides):
         """Edits one picture.
@@ -72,13 +91,17 @@ class Editor:
         if len(images) != len(instructions) or not images:
             raise ValueError(f"{len(images)} pictures and {len(instructions)} instructions; give one for each picture")
         _check_count("num_images", num_images)
+        check_seed(seed)
         for i, instruction in enumerate(instructions):
             if not instruction or not instruction.strip():
                 raise ValueError(f"Item {i} has an empty instruction; say what to change, e.g. 'Make the scarf blue.'")
         clock = _Clock(self.model.device)
-        sources = [load_image(image, name=f"item {i}" if len(images) > 1 else None) for i, image in enumerate(images)]
+        sources = [load_photo(image, name=f"item {i}" if len(images) > 1 else None) for i, image in enumerate(images)]
+        for note in {note for source in sources for note in source.info.get("notes", ())}:
+            _warn_once(note)
         boxes = [Letterbox(*source.size, self.processor.image_size) for source in sources]
-        pixels = self.processor.pixel_values([box.fit(s) for box, s in zip(boxes, sources)]).to(self.model.device)
+        squares = [box.fit(seen(source)) for box, source in zip(boxes, sources)]
+        pixels = self.processor.pixel_values(squares).to(self.model.device)
         source_tokens = encode_tokens(self.model.base, pixels)
         features = image_features(self.model.base, pixels)
         clock.lap("encode")
@@ -123,23 +146,27 @@ class Editor:
         grid, token_composite, place = self.processor.grid, box.unfit(drawn), {"codes": k, "source_tokens": i}
         chosen = self.model.vocabulary.is_instruction(decoded.ids[k]).view(grid, grid).cpu().numpy()
         clear = smooth_mask(chosen, settings.mask_smooth_ksize, settings.mask_smooth_passes)
+        edited = painted(token_composite, source)
+        image, kept = composite(source, edited, clear, box, settings.feather_radius_px, settings.feather)
         return EditResult(
-            image=composite(source, token_composite, clear, box, settings.feather_radius_px, settings.feather),
+            image=image,
             token_composite=token_composite,
             source=source,
-            mask=Image.fromarray(np.uint8(box.unfit_grid(chosen)) * 255),
-            ids=decoded.ids[k].cpu(),
-            tokens=decoded.tokens[k].cpu(),
+            mask=Image.fromarray(np.uint8(kept) * 255),
+            class_ids=decoded.ids[k].cpu(),
+            fed_codes=decoded.tokens[k].cpu(),
             codes=decoded.codes[k].cpu(),
             source_tokens=source_tokens.cpu(),
             gate=decoded.gate[k].cpu(),
+            chosen=chosen,
             clear=clear,
-            clear_fraction=float(chosen[box.content(grid)].mean()),
+            clear_fraction=float(kept.mean()),
             letterbox=box,
             instruction="",
             seed=0,
             sample=0,
             settings=asdict(settings),
+            notes=(*source.info.get("notes", ()), *_invisible(source, kept)),
             passes=decoded.passes,
             accepted=[each[k] for each in decoded.accepted],
             further=lambda kind: box.unfit(further(kind)[place[kind]]),
@@ -160,6 +187,7 @@ class Editor:
             raise ValueError("The prompt is empty; describe the picture to draw")
         settings = _override(self.settings, overrides)
         _check_count("num_images", num_images)
+        check_seed(seed)
         conditions = _conditions(replace(settings, cfg_weight2=0.0))  # there is no picture to leave out
         rows = self.processor.generate_rows([prompt] * len(conditions), conditions).to(self.model.device)
         n = self.processor.num_image_tokens
@@ -191,6 +219,7 @@ class Editor:
         """Answers a question about a picture, `num_answers` times; temperature 0 decodes greedily."""
         DecodeSettings(temperature=temperature, top_k=top_k, top_p=top_p)  # the same limits, the same messages
         _check_count("num_answers", num_answers)
+        check_seed(seed)
         if temperature == 0 and num_answers > 1:
             raise ValueError(f"num_answers={num_answers} at temperature 0 would all be the same; set a temperature")
         source = load_image(image)
@@ -200,13 +229,16 @@ class Editor:
         sampling = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        with torch.random.fork_rng():  # the caller's random numbers are not ours to reset
-            torch.manual_seed(seed)
-            ids = self.model.base.generate(
+        attention = masked_attention(self.model.base.model.language_model)  # another thread may be editing
+        with attention, _random_numbers(seed) if temperature > 0 else nullcontext():
+            # Not Janus' own generate, which only adds warnings where words are asked for.
+            ids = GenerationMixin.generate(
+                self.model.base,
                 inputs_embeds=embed_prompt(self.model.base, rows, features),
                 attention_mask=rows.attention_mask,
                 max_new_tokens=max_new_tokens,
                 num_return_sequences=num_answers,
+                guidance_scale=1.0,  # none
                 eos_token_id=self.processor.eos_id,
                 bos_token_id=self.processor.bos_id,
                 pad_token_id=self.processor.eos_id,
@@ -228,6 +260,28 @@ def _conditions(settings: DecodeSettings) -> list[int]:
     if settings.use_cfg and settings.cfg_weight2:
         return [FULL, PART, UNCOND]
     return [FULL, UNCOND] if settings.use_cfg and settings.cfg_weight != 1 else [FULL]
+
+
+@contextmanager
+def _random_numbers(seed: int):
+    """The process's random numbers from a seed, for one thread at a time; the caller's come back afterwards."""
+    with _RANDOM, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _invisible(source: Image.Image, kept: np.ndarray) -> list[str]:
+    """A note where paint cannot be seen: an edit changes colours and leaves transparency as it is."""
+    if source.mode != "RGBA" or kept.all():
+        return []
+    share = (np.asarray(source.getchannel("A"))[~kept] == 0).mean()
+    text = f"{share:.0%} of the edited pixels are fully transparent in the source and stay so; lay it on a background."
+    return [text] if share else []
+
+
+@lru_cache
+def _warn_once(note: str) -> None:
+    logger.warning(note)
 
 
 def _check_count(name: str, value: int) -> None:

@@ -1,4 +1,4 @@
-"""What comes of an edit. Knows nothing of how it is decoded."""
+"""What comes of an edit: `EditResult`. Knows nothing of how it is decoded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from thinkclearly.colour import painted
 from thinkclearly.editing.composite import composite
 from thinkclearly.images import Letterbox
 
@@ -20,18 +21,26 @@ from thinkclearly.images import Letterbox
 class EditResult:
     """One edit. All pictures have the source's own size.
 
+    `image` and `source` are in the source's colours, with its transparency, profile, resolution and EXIF (see
+    `colour.to_photo`), and keep them when saved. What the model draws is RGB in sRGB.
+
     Attributes:
-        image: the composite; every pixel of a CLEAR patch is the source's, byte for byte.
+        image: the composite; every pixel that `mask` calls CLEAR is the source's, byte for byte.
         token_composite: the decoded tokens with the source's codes where CLEAR was chosen.
         raw: what the model would have drawn everywhere, CLEAR ignored; decoded when first asked for.
         input_decoded: the source through the tokenizer and back; decoded when first asked for.
         source: the picture that was edited.
-        mask: mode "L", 255 where the patch is CLEAR, before smoothing.
-        ids: long (N,), classes; K and above are instruction tokens.
-        tokens, codes, source_tokens: long (N,), see `Decoded`.
-        gate: float32 (N,), log-odds of copying.
-        clear: bool (g, g), the mask that the composite used.
-        clear_fraction: share of CLEAR patches among those that show the picture (not the padding around it).
+        mask: mode "L", 255 where `image` is the source's own pixel, after smoothing and blending.
+        gate_mask: mode "L", 255 where the patch's class is CLEAR, before smoothing.
+        class_ids: long (N,), the chosen classes; K and above are instruction tokens.
+        fed_codes: long (N,), what went back into the model: classes with instructions replaced by the source's codes.
+        codes: long (N,), the best code everywhere, CLEAR ignored.
+        source_tokens: long (N,), the source's codes.
+        gate: float32 (N,), log-odds of copying, see `Decoded`.
+        chosen: bool (g, g), patches whose class is CLEAR.
+        clear: bool (g, g), the same after smoothing; with `feather: inside` the patches that `mask` shows.
+        clear_fraction: share of the pixels that `mask` calls CLEAR.
+        notes: what of the source could not be kept, e.g. 16 bits a channel.
         passes: forward passes of the batch that this edit was decoded in.
         accepted: positions that became final in each of them.
         seconds: of the batch, by stage.
@@ -42,11 +51,12 @@ class EditResult:
     token_composite: Image.Image
     source: Image.Image
     mask: Image.Image
-    ids: torch.Tensor
-    tokens: torch.Tensor
+    class_ids: torch.Tensor
+    fed_codes: torch.Tensor
     codes: torch.Tensor
     source_tokens: torch.Tensor
     gate: torch.Tensor
+    chosen: np.ndarray
     clear: np.ndarray
     clear_fraction: float
     letterbox: Letterbox
@@ -54,10 +64,15 @@ class EditResult:
     seed: int
     sample: int
     settings: dict = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     passes: int = 0
     accepted: list[int] = field(default_factory=list)
     seconds: dict = field(default_factory=dict)
     further: Callable[[str], Image.Image] | None = field(default=None, repr=False)
+
+    @property
+    def gate_mask(self) -> Image.Image:
+        return Image.fromarray(np.uint8(self.letterbox.unfit_grid(self.chosen)) * 255)
 
     @cached_property
     def raw(self) -> Image.Image:
@@ -85,7 +100,7 @@ class EditResult:
         """What needs no CLEAR: the raw picture, with source pixels wherever its code equals the source's."""
         same = (self.codes == self.source_tokens).view(self.clear.shape).numpy()
         blend = self.settings["feather_radius_px"], self.settings["feather"]
-        return composite(self.source, self.raw, same, self.letterbox, *blend)
+        return composite(self.source, painted(self.raw, self.source), same, self.letterbox, *blend)[0]
 
     def save(self, directory: str | Path, trace: bool = False) -> None:
         """Writes the original's file names, `result.json`, and on request `token_trace.jsonl`, one line a position."""
@@ -99,6 +114,7 @@ class EditResult:
             "pixel_composite": self.image,
             "copy_matching_tokens": self.copy_matching_tokens(),
             "clear_mask": self.mask,
+            "gate_mask": self.gate_mask,
         }
         for name, picture in pictures.items():
             picture.save(directory / f"{name}.png")
@@ -108,12 +124,13 @@ class EditResult:
             "seed": self.seed,
             "sample": self.sample,
             "clear_fraction": self.clear_fraction,
+            "notes": self.notes,
             "settings": self.settings,
             "passes": self.passes,
             "accepted": self.accepted,
             "seconds": self.seconds,
-            "ids": self.ids.tolist(),
-            "tokens": self.tokens.tolist(),
+            "class_ids": self.class_ids.tolist(),
+            "fed_codes": self.fed_codes.tolist(),
             "source_tokens": self.source_tokens.tolist(),
             "clear": self.clear.astype(int).tolist(),
         }
@@ -121,13 +138,13 @@ class EditResult:
         if trace:
             grid = self.clear.shape[0]
             with open(directory / "token_trace.jsonl", "w") as file:
-                for i in range(len(self.ids)):
+                for i in range(len(self.class_ids)):
                     line = {
                         "position": i,
                         "row": i // grid,
                         "column": i % grid,
-                        "id": int(self.ids[i]),
-                        "token": int(self.tokens[i]),
+                        "class_id": int(self.class_ids[i]),
+                        "fed_code": int(self.fed_codes[i]),
                         "code": int(self.codes[i]),
                         "source_token": int(self.source_tokens[i]),
                         "gate": None if self.gate[i].isnan() else float(self.gate[i]),

@@ -17,7 +17,7 @@ from PIL import Image
 from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.result import EditResult
 from thinkclearly.files import replacing, write_json
-from thinkclearly.images import REFERENCE_MIN_SIDE, Letterbox, load_image
+from thinkclearly.images import REFERENCE_MIN_SIDE, Letterbox, load_photo
 
 SESSION_FILE, FORMAT = "session.json", 1
 # What a turn is in the file; the picture's name ends in a digest of its pixels.
@@ -71,24 +71,23 @@ class EditSession:
 
     Args:
         editor: makes the edits.
-        image: path, bytes, PIL picture or array, of any size and shape; see `images.load_image`.
+        image: path, bytes, PIL picture or array, of any size and shape; see `images.load_photo`.
 
     Attributes:
-        first: the picture as it came, RGB.
+        first: the picture as it came, RGB or RGBA, with its colour profile, resolution and EXIF.
         turns: all turns of all branches, in the order they were made; turn n is `turns[n - 1]`.
         current: number of the turn that `image` shows and the next edit begins with; 0 is the first picture.
     """
 
     def __init__(self, editor: Editor, image):
         self.editor = editor
-        # Pixels alone: an orientation or colour key that stayed with them would be applied again at the next turn.
-        self.first = Image.fromarray(np.asarray(load_image(image)))
+        self.first = load_photo(image)
         self.turns: list[Turn] = []
         self.current = 0
 
     @property
     def image(self) -> Image.Image:
-        """The picture as it is now, RGB, the first picture's size."""
+        """The picture as it is now, in the first picture's size, mode and colours."""
         return self.turns[self.current - 1].image if self.current else self.first
 
     @property
@@ -217,12 +216,13 @@ def _name(number: int, image: Image.Image) -> str:
 
 
 def _digest(image: Image.Image) -> str:
-    """Of the pixels, not of the file, whose bytes depend on who compresses it."""
-    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()[:16]
+    """Of pixels and colour profile, not of the file, whose bytes depend on who compresses it."""
+    profile = image.info.get("icc_profile", b"")
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes() + profile).hexdigest()[:16]
 
 
 def _picture(path: Path) -> Image.Image:
-    image = load_image(path)
+    image = load_photo(path)
     if _digest(image) != PICTURE_NAME.fullmatch(path.name)[1]:
         raise ValueError(f"{path}: not the picture that was saved under this name; restore it from a copy.")
     return image

@@ -6,6 +6,7 @@ Edits and measurements are kept item by item, so that the same command goes on w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 from thinkclearly.config import is_local
 from thinkclearly.data.benchmarks import PIE_SIDE, SESSIONS_FILE, decode_mask, magicbrush_turns, pie_bench
 from thinkclearly.data.sources import BadRecord, read_example
+from thinkclearly.decoding.settings import check_seed
 from thinkclearly.editing.batch import ITEMS, TABLE_FILE, edit_items
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation import field
@@ -60,6 +62,7 @@ class BenchmarkArguments:
     def __post_init__(self):
         check_choice("benchmark", self.benchmark, tuple(CLIPS))
         check_choice("on_bad_record", self.on_bad_record, ("error", "skip"))
+        check_seed(self.seed)
         if self.benchmark == "pie-bench" and self.path is None:
             raise ValueError("pie-bench needs --path: the folder with mapping_file.json and annotation_images")
         for name in ("limit", "batch_size"):
@@ -71,11 +74,17 @@ class BenchmarkArguments:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to be measured: where it counts, its name, and how its pictures are had."""
+    """One thing to be measured: where it counts, its name, our pictures of it, and how the others are had."""
 
     setting: str
     key: str
-    load: Callable[[], field.Item]
+    load: Callable[[dict[str, Path]], field.Item]
+    predictions: dict[str, Path]
+
+    def fingerprint(self) -> str:
+        """Of our pictures: those that were edited anew are measured anew."""
+        digests = [hashlib.sha256(path.read_bytes()).digest() for path in self.predictions.values()]
+        return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
 def run_benchmark(editor: Editor, arguments: BenchmarkArguments, model: dict, settings: dict) -> dict | None:
@@ -97,13 +106,15 @@ def run_benchmark(editor: Editor, arguments: BenchmarkArguments, model: dict, se
     """
     make_cases = {"magicbrush": _magicbrush, "pie-bench": _pie_bench}[arguments.benchmark]
     names = ("benchmark", "path", "split", "seed")
-    head = head_digest(editor.model.clear_head.weight, editor.model.clear_config)
-    run = model | {name: getattr(arguments, name) for name in names} | settings | {"head": head}
+    run = model | {name: getattr(arguments, name) for name in names}
     cases, left_out, split = make_cases(editor, arguments, run, settings)
     if not PartialState().is_main_process:
         return None
     towers = {"clip": arguments.clip, "dino": arguments.dino, "lpips": arguments.lpips}
-    measured = _measure(cases, Path(arguments.output_dir) / MEASURED_FILE, run | towers, arguments)
+    # What the edits depend on, as `edit_items` has it, and what the card compares with the files beside it.
+    head = head_digest(editor.model.clear_head.weight, editor.model.clear_config)
+    run |= editor.fingerprint(**settings) | {"head": head}
+    measured = _measure(cases, Path(arguments.output_dir) / MEASURED_FILE, strict(run | towers), arguments)
     left_out += sum((case.setting, case.key) not in measured for case in cases)
     cases = [case for case in cases if (case.setting, case.key) in measured]
     summaries: dict[str, dict[str, dict]] = {}
@@ -143,7 +154,7 @@ def _magicbrush(editor: Editor, arguments: BenchmarkArguments, run: dict, settin
     items = rows.select(chosen).rename_column("source", "image").select_columns(list(ITEMS))
     single = edit(items, "single-turn")
     cases = [
-        Case("single-turn", keys[i], partial(_turns, rows, [i], single[keys[i]])) for i in chosen if keys[i] in single
+        Case("single-turn", keys[i], partial(_turns, rows, [i]), single[keys[i]]) for i in chosen if keys[i] in single
     ]
     reached = {}  # method → session → picture after the turns so far
     for method in METHODS:
@@ -166,7 +177,7 @@ def _magicbrush(editor: Editor, arguments: BenchmarkArguments, run: dict, settin
     for session, turns in sessions.items():
         if all(session in reached[method] for method in METHODS):
             predictions = {method: reached[method][session] for method in METHODS}
-            cases.append(Case("multi-turn", session, partial(_turns, rows, turns, predictions)))
+            cases.append(Case("multi-turn", session, partial(_turns, rows, turns), predictions))
     archive = (Path(arguments.path) / SESSIONS_FILE).is_file()
     split = Path(arguments.path).absolute().name if archive else arguments.split
     return cases, len(chosen) + len(sessions) - len(cases), split
@@ -187,7 +198,7 @@ def _pie_bench(editor: Editor, arguments: BenchmarkArguments, run: dict, setting
     rows = rows.select(range(min(len(rows), arguments.limit or len(rows))))
     made = _edit(editor, rows, "edits", arguments=arguments, run=run, settings=settings)
     cases = [
-        Case("background", key, partial(_pie_item, rows, i, made[key]))
+        Case("background", key, partial(_pie_item, rows, i), made[key])
         for i, key in enumerate(rows["key"])
         if key in made
     ]
@@ -216,9 +227,13 @@ def _edit(
 
 def _measure(cases: list[Case], path: Path, header: dict, arguments: BenchmarkArguments) -> dict[tuple, dict]:
     """(setting, key) → row → column → number; kept line by line under a header that says what they depend on."""
-    measured = _read_measured(path, header)
-    lines = [header] + [{"setting": s, "key": k, "rows": rows} for (s, k), rows in measured.items()]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    lines, now = _read_measured(path, header), {(case.setting, case.key): case.fingerprint() for case in cases}
+    # A case that is not asked for this time, under a limit, is kept.
+    lines = {
+        place: line for place, line in lines.items() if line["fingerprint"] == now.get(place, line["fingerprint"])
+    }
+    write_text(path, "".join(json.dumps(line) + "\n" for line in [header, *lines.values()]))
+    measured = {place: line["rows"] for place, line in lines.items()}
     todo = [case for case in cases if (case.setting, case.key) not in measured]
     measure = _instrument(arguments) if todo else None
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(cases), desc="measure", unit="item") as bar:
@@ -229,8 +244,10 @@ def _measure(cases: list[Case], path: Path, header: dict, arguments: BenchmarkAr
             if not batch:
                 continue
             for (case, _), rows in zip(batch, measure([item for _, item in batch])):
-                measured[case.setting, case.key] = rows
-                file.write(json.dumps({"setting": case.setting, "key": case.key, "rows": rows}) + "\n")
+                place = case.setting, case.key
+                measured[place] = rows
+                line = {"setting": case.setting, "key": case.key, "fingerprint": now[place], "rows": rows}
+                file.write(json.dumps(line) + "\n")
             file.flush()
             bar.update(len(batch))
     return measured
@@ -238,7 +255,7 @@ def _measure(cases: list[Case], path: Path, header: dict, arguments: BenchmarkAr
 
 def _load(case: Case, arguments: BenchmarkArguments) -> field.Item | None:
     try:
-        return case.load()
+        return case.load(case.predictions)
     except (BadRecord, ImageError) as error:
         if arguments.on_bad_record == "error":
             raise
@@ -247,14 +264,14 @@ def _load(case: Case, arguments: BenchmarkArguments) -> field.Item | None:
 
 
 def _read_measured(path: Path, header: dict) -> dict[tuple, dict]:
-    """What an earlier call measured under the same header; a line that was cut short is measured again."""
+    """Lines that an earlier call wrote under the same header; one that was cut short is measured again."""
     found: dict[tuple, dict] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     try:
         if not lines or json.loads(lines[0]) != json.loads(json.dumps(header)):
             return {}
         for line in map(json.loads, lines[1:]):
-            found[line["setting"], line["key"]] = line["rows"]
+            found[line["setting"], line["key"]] = line
     except ValueError:
         logger.warning("%s ends in the middle of a line; going on from there", path)
     return found

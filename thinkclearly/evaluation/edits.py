@@ -93,7 +93,7 @@ def evaluate_edits(
                     images.setdefault(name, []).append(_compare(picture, example, mask))
                     if judge is not None:
                         done.setdefault(name, []).append(judge(example.key, picture))
-                chosen = editor.model.vocabulary.is_instruction(result.ids).numpy()
+                chosen = editor.model.vocabulary.is_instruction(result.class_ids).numpy()
                 unchanged.append(_unchanged(example, editor, pixel_tolerance))
                 log_odds.append(calibrated_log_odds(result))
                 clears["labels"].append(clear_metrics(chosen, unchanged[-1]))

@@ -16,10 +16,11 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from thinkclearly.config import is_local
 from thinkclearly.data.prepare import Preparation
 from thinkclearly.evaluation.benchmark import SHARED_FOLDER
 from thinkclearly.evaluation.benchmark_report import eval_results
-from thinkclearly.models.clear_head import HEAD_FILE, head_digest, read_clear_config
+from thinkclearly.models.clear_head import ADAPTER_FILE, HEAD_FILE, head_digest, read_base_name, read_clear_config
 from thinkclearly.models.weight_files import read_tensors
 from thinkclearly.recipe import LEFT_OUT
 
@@ -29,7 +30,7 @@ CARD_FILE, RECIPE_FILE = "README.md", "recipe.yaml"
 TASK = "image-to-image"
 TAGS = ["clear-edit", "thinkclearly", "janus", "image-editing"]
 SHAPES = "built-in shapes"
-MARK = "<!-- Written by `thinkclearly push`, anew each time. Delete this line, and the text is yours and stays. -->"
+MARK = "<!-- Written by thinkclearly, anew by each training and push. Delete this line, and the text is yours. -->"
 # The second is PEFT's form with nothing filled in, which it leaves beside every adapter.
 _NOT_THE_USERS = (MARK, "# Model Card for Model ID")
 _COMPARED = {
@@ -41,7 +42,7 @@ _COMPARED = {
 
 def model_card(
     directory: Path,
-    repo_id: str,
+    repo_id: str | None,
     base_model: str | None,
     samples: list[str],
     license: dict[str, str] | None = None,
@@ -52,7 +53,7 @@ def model_card(
     Args:
         directory: the folder that training wrote, or a checkpoint in it. A checkpoint has its run's recipe and README,
             but metrics of its own: the run's are those of its last step.
-        repo_id: the name to load it by.
+        repo_id: the name to load it by; None where it is not known yet.
         base_model: Hub id; None where the base has no page there.
         samples: pictures of the gallery, as paths inside the repository.
         license: `license`, and `license_name` and `license_link` where there are any.
@@ -60,10 +61,11 @@ def model_card(
     """
     recipe = read_recipe(directory)
     data = data_name(recipe)
+    title = repo_id.split("/")[-1] if repo_id else run_of(directory).name
     metrics = read_metrics(directory)
     benchmarks = [result for found in read_benchmarks(directory) for result in eval_results(found)]
     metadata = ModelCardData(
-        model_name=repo_id.split("/")[-1] if metrics or benchmarks else None,
+        model_name=title if metrics or benchmarks else None,
         base_model=base_model,
         datasets=[data] if "/" in data else None,
         library_name="peft" if is_adapter else "transformers",
@@ -85,15 +87,20 @@ def model_card(
         or None,
         **(license or {}),
     )
-    own = _users_card(directory)
-    if own is not None:
+    if (path := _users_card(directory)) is not None:
+        own = ModelCard.load(path)
         tags = [tag for tag in own.data.tags or [] if not tag.startswith("base_model:")]
         known = {key: value for key, value in vars(metadata).items() if value is not None}
         for key, value in (known | {"tags": [*tags, *(tag for tag in TAGS if tag not in tags)]}).items():
             own.data[key] = value
         own.data["base_model"] = base_model
         return own
-    parts = [MARK, f"# {repo_id.split('/')[-1]}", _about(base_model, data, step_of(directory)), _usage(repo_id)]
+    parts = [MARK, f"# {title}", _about(base_model, data, step_of(directory)), _usage(repo_id)]
+    if base_model is None and is_adapter and recipe.get("base_model") == LEFT_OUT:
+        parts.append(
+            "The base model was a folder on the machine that trained, so it is not named here. "
+            "`thinkclearly push DIR --base_model_id owner/name` names it."
+        )
     if samples:
         shown = "\n\n".join(f"![{Path(path).stem.replace('_', ' ')}]({path})" for path in samples)
         parts.append(f"## Samples\n\nEach row: source, raw decode, composite, CLEAR mask.\n\n{shown}")
@@ -104,6 +111,20 @@ def model_card(
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip()
         parts.append(f"## Recipe\n\n`thinkclearly train {RECIPE_FILE}` with\n\n```yaml\n{text}\n```")
     return ModelCard(f"---\n{metadata}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def write_card(directory: str | Path, repo_id: str | None = None) -> None:
+    """Puts our card into a folder that training wrote, for whoever shares it without `thinkclearly push`.
+
+    A user's own README.md stays as it is. Samples are not shown: whether they may be is decided by a push.
+    """
+    directory = Path(directory)
+    if _users_card(directory) is not None:
+        return
+    is_adapter = (directory / ADAPTER_FILE).is_file()
+    base = read_base_name(directory) if is_adapter else None
+    known = base if base and base != "tiny" and not is_local(base) else None
+    model_card(directory, repo_id, known, [], is_adapter=is_adapter).save(directory / CARD_FILE)
 
 
 def step_of(directory: Path) -> int | None:
@@ -184,10 +205,11 @@ def dataset_card(repo_id: str, preparation: Preparation) -> DatasetCard:
     return DatasetCard(f"---\n{metadata}\n---\n\n{text}")
 
 
-def _users_card(directory: Path) -> ModelCard | None:
+def _users_card(directory: Path) -> Path | None:
+    """The README.md that a user wrote, beside the weights or for the whole run."""
     for path in (directory / CARD_FILE, run_of(directory) / CARD_FILE):
-        if path.is_file() and not any(sign in (card := ModelCard.load(path)).text for sign in _NOT_THE_USERS):
-            return card
+        if path.is_file() and not any(sign in path.read_text(encoding="utf-8") for sign in _NOT_THE_USERS):
+            return path
     return None
 
 
@@ -196,25 +218,26 @@ def _about(base_model: str | None, data: str, step: int | None) -> str:
     return (
         f"Edits pictures by instruction: {base}, fine-tuned on {data} to say `<CLEAR>` wherever the source should "
         "stay. Those patches are copied from the photo itself, byte for byte and at its own resolution."
-        + (f" These are the weights after step {step}, before the end of training." if step is not None else "")
+        + (f" These are the weights after step {step}." if step is not None else "")
     )
 
 
-def _usage(repo_id: str) -> str:
+def _usage(repo_id: str | None) -> str:
+    where = "" if repo_id else ", with the path of this folder or the name of its repository as NAME"
     return f"""## Use
 
-It needs ThinkClearly, which is no package of PyPI: `pip install .` in a checkout of its source. Then
+It needs ThinkClearly, which is not on PyPI: run `pip install .` in a checkout of its source. Then{where}:
 
 ```python
 import thinkclearly
 from transformers import pipeline
 
-edit = pipeline("clear-edit", model="{repo_id}")
+edit = pipeline("clear-edit", model="{repo_id or "NAME"}")
 result = edit("photo.jpg", prompt="Make the circle red.")
 result["image"].save("edited.png")
 ```
 
-`result` also has `mask`, `raw`, `token_composite`, `tokens` and `clear_fraction`."""
+`result` also has `mask`, `raw`, `token_composite`, `class_ids` and `clear_fraction`."""
 
 
 def data_name(recipe: dict) -> str:

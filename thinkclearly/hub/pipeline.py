@@ -6,70 +6,82 @@ Knows how pipelines take pictures and give results back; decoding and compositin
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from datasets import Column, Dataset, IterableDataset
 from huggingface_hub.utils import get_session, httpx
-from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoConfig, Pipeline, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import PipelineException
-from transformers.utils import ModelOutput
 
 from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.result import EditResult
 from thinkclearly.editing.settings import EditSettings
-from thinkclearly.images import load_image
+from thinkclearly.images import ImageError, load_photo
 from thinkclearly.models.clear_head import ClearEditModel
 from thinkclearly.models.prompt import ClearEditProcessor
-from thinkclearly.training.adapters import load_clear_model
+from thinkclearly.training.adapters import SHIPPED, TINY_CLEAR, load_clear_model
 
 TASK = "clear-edit"
-DEFAULT_MODEL = Path(__file__).parents[1] / "tiny_clear"
+DEFAULT_MODEL = TINY_CLEAR
+MAX_DOWNLOAD = 100_000_000  # bytes of a picture behind a URL
 _SETTINGS = {f.name for f in fields(EditSettings)}
 
 
-@dataclass
-class ClearEditOutput(ModelOutput):
-    """One edit, as a dict or by attribute. All pictures have the source's own size.
+def _download(url: str) -> bytearray:
+    """The encoded picture behind a URL. Raises `ImageError` where it goes on beyond `MAX_DOWNLOAD`."""
+    content = bytearray()
+    # Not compressed: a short answer could unpack to a very long one.
+    options = {"headers": {"Accept-Encoding": "identity"}, "timeout": 30, "follow_redirects": True}
+    with get_session().stream("GET", url, **options) as response:
+        for part in response.raise_for_status().iter_bytes():
+            content += part
+            if len(content) > MAX_DOWNLOAD:
+                raise ImageError(f"it is larger than {MAX_DOWNLOAD:,} bytes; shrink the picture, or give a file")
+    return content
 
-    Args:
-        image (`PIL.Image.Image`): the composite; CLEAR patches are the source's bytes.
-        mask (`PIL.Image.Image`): mode "L", 255 where the patch is CLEAR.
-        raw (`PIL.Image.Image`): what the model would have drawn everywhere.
-        token_composite (`PIL.Image.Image`): the decoded tokens, source codes where CLEAR.
-        tokens (`torch.LongTensor` of shape `(num_image_tokens,)`): classes; K and above are instruction tokens.
-        clear_fraction (`float`): share of the picture's patches that are CLEAR.
-        prompt (`str`), seed (`int`), passes (`int`): what was asked, and the forward passes it took.
+
+class ClearEditOutput(Mapping):
+    """One edit, by attribute or by key. `raw` and `input_decoded` are decoded when they are first asked for.
+
+    `image`, `mask`, `gate_mask`, `raw`, `token_composite`, `input_decoded`, `class_ids`, `fed_codes`, `codes`,
+    `clear_fraction`, `notes`, `seed` and `passes` are those of `EditResult`; `prompt` is its instruction.
+
+    Attributes:
+        result (`EditResult`): all of it, with `save`.
     """
 
-    image: Image.Image | None = None
-    mask: Image.Image | None = None
-    raw: Image.Image | None = None
-    token_composite: Image.Image | None = None
-    tokens: torch.LongTensor | None = None
-    clear_fraction: float | None = None
-    prompt: str | None = None
-    seed: int | None = None
-    passes: int | None = None
+    _names = (
+        *("image", "mask", "gate_mask", "raw", "token_composite", "input_decoded", "class_ids", "fed_codes", "codes"),
+        *("clear_fraction", "notes", "prompt", "seed", "passes"),
+    )
 
-    @classmethod
-    def of(cls, result: EditResult) -> ClearEditOutput:
-        return cls(
-            image=result.image,
-            mask=result.mask,
-            raw=result.raw,
-            token_composite=result.token_composite,
-            tokens=result.ids,
-            clear_fraction=result.clear_fraction,
-            prompt=result.instruction,
-            seed=result.seed,
-            passes=result.passes,
-        )
+    def __init__(self, result: EditResult):
+        self.result = result
+
+    def __getitem__(self, name: str):
+        if name not in self._names:
+            raise KeyError(name)
+        return getattr(self.result, "instruction" if name == "prompt" else name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getattr__(self, name: str):
+        if name in self._names:
+            return self[name]
+        raise AttributeError(f"{type(self).__name__} has no {name!r}; choose from result, {', '.join(self._names)}")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.result.instruction!r}, {self.clear_fraction:.0%} CLEAR)"
 
 
 class ClearEditPipeline(Pipeline):
@@ -162,10 +174,10 @@ class ClearEditPipeline(Pipeline):
             raise ValueError(f"{name} has the prompt {prompt!r}; say what to change, e.g. 'Make the scarf blue.'")
         if isinstance(image, str) and image.startswith(("http://", "https://")):
             try:
-                image = get_session().get(image, timeout=30, follow_redirects=True).raise_for_status().content
-            except httpx.HTTPError as error:
+                image = _download(image)
+            except (httpx.HTTPError, httpx.InvalidURL, ImageError) as error:
                 raise ValueError(f"{name}: {image} cannot be read: {error}") from error
-        return {"image": load_image(image, name=name), "prompt": prompt}
+        return {"image": load_photo(image, name=name), "prompt": prompt}
 
     def _forward(self, model_inputs: dict, progress_bar=True, callback=None, **options) -> dict:
         images, prompts = model_inputs["image"], model_inputs["prompt"]
@@ -187,7 +199,7 @@ class ClearEditPipeline(Pipeline):
         return {"results": groups[0] if single else groups}
 
     def postprocess(self, model_outputs: dict) -> ClearEditOutput | list[ClearEditOutput]:
-        outputs = [ClearEditOutput.of(result) for result in model_outputs["results"]]
+        outputs = [ClearEditOutput(result) for result in model_outputs["results"]]
         return outputs[0] if len(outputs) == 1 else outputs
 
     def save_pretrained(self, save_directory: str | Path, **_) -> None:
@@ -257,6 +269,14 @@ def _item(item, prompt, index: int | None = None) -> dict:
     return {"image": item, "prompt": prompt, "index": index}
 
 
+def _say_it_plainly(record: logging.LogRecord) -> bool:
+    """transformers warns at length that no model was named; README's first lines name none."""
+    if str(DEFAULT_MODEL) in record.getMessage():
+        record.msg, record.args = "%s; name another with model=", (SHIPPED,)
+    return True
+
+
+logging.getLogger("transformers.pipelines").addFilter(_say_it_plainly)
 # See `on_import`: importing this module is registering.
 AutoConfig.register(DeepseekConfig.model_type, DeepseekConfig, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(

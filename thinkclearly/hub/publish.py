@@ -21,6 +21,7 @@ from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from peft import PeftModel
+from transformers.trainer import TRAINER_STATE_NAME
 
 from thinkclearly.config import is_local
 from thinkclearly.data.prepare import INFO_FILE, Preparation
@@ -38,20 +39,20 @@ from thinkclearly.hub.card import (
 )
 from thinkclearly.models.backbone import TINY
 from thinkclearly.models.checkpoint import export_deepseek
-from thinkclearly.models.clear_head import CONFIG_FILE, HEAD_FILE
+from thinkclearly.models.clear_head import ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, LOCAL_BASE, read_base_name
 from thinkclearly.models.original_finetune import write_original_finetune
 from thinkclearly.training.adapters import load_clear_model
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_CONFIG, PIPELINE_FILE = "adapter_config.json", "clear_edit_pipeline.py"
+PIPELINE_FILE = "clear_edit_pipeline.py"
 REQUIRED = (HEAD_FILE, CONFIG_FILE, "config.json")
 PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
 )
 WEIGHT_FILES = (
-    *(ADAPTER_CONFIG, "adapter_model.safetensors", "generation_config.json", "model.safetensors"),
+    *(ADAPTER_FILE, "adapter_model.safetensors", "generation_config.json", "model.safetensors"),
     *("model-*-of-*.safetensors", "model.safetensors.index.json"),
 )
 _SHARD = "shard-?????-of-?????"
@@ -129,7 +130,7 @@ def upload(
     target = {"repo_type": kind, "revision": revision}
     try:
         repo_id = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True).repo_id
-        if (folder / ADAPTER_CONFIG).is_file() and _base_in(folder) == tiny_id(repo_id):
+        if (folder / ADAPTER_FILE).is_file() and read_base_name(folder) == tiny_id(repo_id):
             _share_tiny(api, tiny_id(repo_id), private)
         if revision and not revision.startswith("refs/"):
             api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
@@ -192,10 +193,10 @@ def staged(
         else:
             folder.mkdir()
             _link(directory, folder, (*REQUIRED, *PROCESSOR_FILES, *WEIGHT_FILES))
-            if (folder / ADAPTER_CONFIG).is_file():
-                settings = _read_json(folder / ADAPTER_CONFIG) | {"base_model_name_or_path": base}
-                write_json(folder / ADAPTER_CONFIG, settings)
-        if (folder / ADAPTER_CONFIG).is_file():  # else pipeline() would ask for trust_remote_code, imported or not
+            if (folder / ADAPTER_FILE).is_file():
+                settings = _read_json(folder / ADAPTER_FILE) | {"base_model_name_or_path": base}
+                write_json(folder / ADAPTER_FILE, settings)
+        if (folder / ADAPTER_FILE).is_file():  # else pipeline() would ask for trust_remote_code, imported or not
             write_json(folder / "config.json", pipeline_config(_read_json(folder / "config.json")))
             shutil.copy(Path(__file__).parent / "remote_pipeline.py", folder / PIPELINE_FILE)
         if recipe := read_recipe(directory):
@@ -209,11 +210,25 @@ def staged(
         if pt:
             model, _ = load_clear_model(directory)
             write_original_finetune(model, folder / "original")
-            settings = _read_json(folder / "original" / ADAPTER_CONFIG) | {"base_model_name_or_path": base}
-            write_json(folder / "original" / ADAPTER_CONFIG, settings)
+            settings = _read_json(folder / "original" / ADAPTER_FILE) | {"base_model_name_or_path": base}
+            write_json(folder / "original" / ADAPTER_FILE, settings)
         licenses = {"license": license} if license else license_of(base)
-        is_adapter = (folder / ADAPTER_CONFIG).is_file()
+        is_adapter = (folder / ADAPTER_FILE).is_file()
         model_card(directory, repo_id, base, samples, licenses, is_adapter).save(folder / CARD_FILE)
+        check_publishable(folder)
+        yield folder
+
+
+@contextmanager
+def staged_checkpoint(directory: str | Path) -> Iterator[Path]:
+    """A temporary folder with a whole checkpoint, optimizer and random states included: another machine resumes it."""
+    directory = Path(directory)
+    with tempfile.TemporaryDirectory(prefix="thinkclearly-push-") as temporary:
+        folder = Path(temporary)
+        files = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
+        _link(directory, folder, [str(name) for name in files if str(name) not in (CARD_FILE, LOCAL_BASE)])
+        state = _read_json(folder / TRAINER_STATE_NAME) | {"best_model_checkpoint": None}  # a folder of this machine
+        write_text(folder / TRAINER_STATE_NAME, json.dumps(state, indent=2) + "\n")
         check_publishable(folder)
         yield folder
 
@@ -226,13 +241,13 @@ def base_model_of(directory: Path, base_model_id: str | None) -> str | None:
     """
     if base_model_id is not None:
         return base_model_id
-    if not (directory / ADAPTER_CONFIG).is_file():
+    if not (directory / ADAPTER_FILE).is_file():
         return None
-    base = _base_in(directory)
+    base = read_base_name(directory)
     if not base or is_local(base):
         raise ValueError(
-            f"{directory / ADAPTER_CONFIG} names {base!r} as the base model, which nobody else can load. Say what it "
-            "is on the Hub with --base_model_id owner/name."
+            f"{directory} has the base model {base!r}, which nobody else can load. Say what it is on the Hub with "
+            "--base_model_id owner/name."
         )
     return base
 
@@ -366,10 +381,6 @@ def _link(source: Path, target: Path, patterns) -> None:
             os.link(path.resolve(), target / name)
         except OSError:  # another disk, or one without links
             shutil.copyfile(path, target / name)
-
-
-def _base_in(directory: Path) -> str | None:
-    return _read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
 
 
 def _read_json(path: Path) -> dict:

@@ -9,7 +9,7 @@ try:
     from thinkclearly.hub.pipeline import ClearEditLoader, ClearEditPipeline
 except ImportError as error:
     raise ImportError(
-        "This model edits pictures with instruction tokens and needs ThinkClearly, which is no package of PyPI: "
+        "This model edits pictures with instruction tokens and needs ThinkClearly, which is not on PyPI: run "
         "`pip install .` in a checkout of its source"
     ) from error
 

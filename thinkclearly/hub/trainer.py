@@ -6,16 +6,18 @@ Knows when something is pushed. What is pushed, and how, is `hub.publish`'s.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, run_as_future, upload_folder
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
-from thinkclearly.hub.card import CARD_FILE
-from thinkclearly.hub.publish import staged, upload
+from thinkclearly.hub.card import write_card
+from thinkclearly.hub.publish import staged, staged_checkpoint, upload
 from thinkclearly.training.trainer import ClearEditTrainer
 
 logger = logging.getLogger(__name__)
@@ -29,7 +31,8 @@ class PublishingTrainer(ClearEditTrainer):
     work as the Trainer's, but which uploads a fine-tune's files and card only: the Trainer would add its arguments,
     logs and whatever else lies in `output_dir`.
 
-    Whole checkpoints, for `hub_strategy: checkpoint` and `all_checkpoints`, go without the arguments' file.
+    Whole checkpoints, for `hub_strategy: checkpoint` and `all_checkpoints`, go to a folder of their own. Every
+    checkpoint gets our card beside its weights.
     """
 
     def push_to_hub(
@@ -51,21 +54,32 @@ class PublishingTrainer(ClearEditTrainer):
         return future.result() if blocking else future
 
     def _push(self, directory: str, message: str, token: str | None = None, revision: str | None = None) -> Future:
-        """Puts the files together now, and sends them in the background: what is trained meanwhile stays out."""
-        stage = ExitStack()
-        folder = stage.enter_context(staged(directory, self.hub_model_id, share_samples=self.args.share_samples))
+        send = partial(
+            upload,
+            repo_id=self.hub_model_id,
+            revision=revision or self.args.hub_revision,
+            token=token or self.args.hub_token,
+            message=message,
+        )
+        return _in_background(staged(directory, self.hub_model_id, share_samples=self.args.share_samples), send)
 
-        def send() -> CommitInfo:
-            with stage:
-                return upload(
-                    folder,
-                    self.hub_model_id,
-                    revision=revision or self.args.hub_revision,
-                    token=token or self.args.hub_token,
-                    message=message,
-                )
+    def _push_whole(self, checkpoint: str, message: str) -> Future:
+        last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+        send = partial(
+            upload_folder,
+            repo_id=self.hub_model_id,
+            token=self.args.hub_token,
+            path_in_repo="last-checkpoint" if last else Path(checkpoint).name,
+            commit_message=message,
+            revision=self.args.hub_revision,
+        )
+        return _in_background(staged_checkpoint(checkpoint), lambda folder: send(folder_path=folder))
 
-        return run_as_future(send)
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            write_card(Path(self._get_output_dir(trial=trial)) / checkpoint, self.hub_model_id)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
@@ -75,24 +89,25 @@ class PublishingTrainer(ClearEditTrainer):
         message = f"Training in progress, step {self.state.global_step}"
         try:
             jobs = [self._push(checkpoint_folder, message)]
+            if self.args.hub_strategy in CHECKPOINTS:
+                jobs.append(self._push_whole(checkpoint_folder, f"{message}, checkpoint"))
         except (OSError, ValueError) as error:  # a card that cannot be read, no room in TMPDIR
             return logger.warning(_FAILED, error)
-        if self.args.hub_strategy in CHECKPOINTS:
-            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            whole = upload_folder(
-                repo_id=self.hub_model_id,
-                token=self.args.hub_token,
-                folder_path=checkpoint_folder,
-                path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,
-                commit_message=f"{message}, checkpoint",
-                revision=self.args.hub_revision,
-                ignore_patterns=["training_args.bin", CARD_FILE],
-                run_as_future=True,
-            )
-            jobs.append(whole)
         for job in jobs:
             job.add_done_callback(_tell)
         self.push_in_progress = PushInProgress(jobs)
+
+
+def _in_background(stage: AbstractContextManager[Path], send: Callable[[Path], CommitInfo]) -> Future:
+    """Puts the files together now, and sends them while training goes on: what is trained meanwhile stays out."""
+    held = ExitStack()
+    folder = held.enter_context(stage)
+
+    def run() -> CommitInfo:
+        with held:
+            return send(folder)
+
+    return run_as_future(run)
 
 
 def _tell(job: Future) -> None:

@@ -5,12 +5,18 @@ Knows the names of sizes in Janus configs, native and DeepSeek's. Does not know 
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import JanusConfig, JanusForConditionalGeneration
+from transformers import (
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
+    LlamaConfig,
+)
 
 from thinkclearly.models.weight_files import find_weights, open_weights
 
@@ -27,21 +33,51 @@ _WIDTHS = dict.fromkeys(
 )
 _WORDS = dict.fromkeys(("vocab_size", "num_embeddings", "image_token_size", "num_image_tokens"), 1 << 22)
 _LARGEST = _COUNTS | _WIDTHS | _WORDS
+CONFIG_NAMES = _LARGEST.keys() | {"architectures", "language_config", "params", "cls", "model_name", "projector_type"}
+for _kind in (JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig):
+    CONFIG_NAMES |= _kind.__dataclass_fields__.keys()
 _PACKED = 16  # a quantised file holds up to 8 weights in a number; tied weights are stored once
 
 
-def read_json(path: str | Path) -> dict:
-    """The object in a JSON file.
+def read_json(path: str | Path, object_pairs_hook: Callable[[list[tuple]], dict] | None = None) -> dict:
+    """The object in a JSON file; the hook as in `json.loads`.
 
     Raises:
         ValueError: it is not UTF-8, not JSON (cut short, perhaps), or holds something else than an object.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=object_pairs_hook)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}). Is it cut short? Get it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}; expected an object with names and values.")
+    return content
+
+
+def read_config(path: str | Path, known: Collection[str]) -> dict:
+    """The object in a JSON file of settings, in which no name can be taken for another.
+
+    Args:
+        known: the names that are read; one in other letters ("Lora_alpha") would be ignored without a word.
+
+    Raises:
+        ValueError: as [`read_json`]; the same name twice in one object, or in other letters, at any depth.
+    """
+    path, twice, odd = Path(path), [], []
+
+    def look(pairs: list[tuple]) -> dict:
+        seen = {}
+        for name, _ in pairs:
+            twice.extend([(seen[name.lower()], name)] if name.lower() in seen else [])
+            odd.extend([name] if name not in known and name.lower() in known else [])
+            seen[name.lower()] = name
+        return dict(pairs)
+
+    content = read_json(path, look)
+    if twice:
+        raise ValueError(f"{path} has {' and '.join(map(repr, twice[0]))} in one object; remove one of them.")
+    if odd:
+        raise ValueError(f"{path} has {odd[0]!r}; expected {odd[0].lower()!r}, as the names are written.")
     return content
 
 

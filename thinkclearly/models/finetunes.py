@@ -6,14 +6,23 @@ Knows every layout that a fine-tune comes in. Does not know how one is made.
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 
-from thinkclearly.models.config_files import read_json
-from thinkclearly.models.instruction_head import CONFIG_FILE, ClearConfig, InstructionModel, read_clear_config
-from thinkclearly.models.janus.checkpoint import load_janus, resolve
+from thinkclearly.models.adapter_config import matching_modules, read_adapter_config
+from thinkclearly.models.instruction_head import (
+    CONFIG_FILE,
+    ClearConfig,
+    InstructionModel,
+    read_base_name,
+    read_clear_config,
+)
+from thinkclearly.models.janus.checkpoint import TINY, load_janus, offloaded, resolve
 from thinkclearly.models.janus.original_finetune import (
     check_original_base,
     is_original_finetune,
@@ -25,20 +34,19 @@ from thinkclearly.models.weight_files import read_tensors
 
 logger = logging.getLogger(__name__)
 
+TINY_CLEAR = TINY.parent / "tiny_clear"  # the fine-tune that ships along
+SHIPPED = "Using the tiny model that ships along (64-pixel pictures, drawn shapes)"
+
 
 def load_finetune(model: InstructionModel, directory: str | Path) -> None:
-    """Puts the adapter and CLEAR head of `directory` into a model of the same shape (resuming)."""
+    """Puts adapter, CLEAR head and class weight of `directory` into a model of the same shape (resuming)."""
     directory = Path(directory)
     if isinstance(model.network, PeftModel):
         _load_lora(model.network, _read_adapter(directory), directory)
     else:
         model.network.load_state_dict(load_janus(str(directory)).state_dict())
     model.load_head(directory)
-    saved = read_clear_config(directory)
-    for name, value in vars(saved).items():
-        setattr(model.clear_config, name, value)
-    # Fitted to the weights as they are now, which will change.
-    model.clear_config.gate_bias, model.clear_config.gate_temperature = 0.0, 1.0
+    model.clear_config.clear_weight = read_clear_config(directory).clear_weight
 
 
 def load_clear_model(
@@ -62,12 +70,19 @@ def load_clear_model(
     Raises:
         FileNotFoundError, ValueError: the CLEAR head is missing or belongs to another base; never random weights.
     """
+    if str(name_or_path) == "tiny":
+        raise ValueError(
+            "'tiny' is the base model that ships along: it has no CLEAR head, so it cannot edit. For its fine-tune "
+            "leave out --model (in Python: pipeline('clear-edit')); for another give the folder that "
+            "`thinkclearly train` wrote or a Hub id."
+        )
     directory = resolve(name_or_path, revision, token)
     if is_original_finetune(directory):
         lora, state, weight, bias = read_original_finetune(directory)
         checkpoint = _load_base_of(lora, base, directory, token=token, **kwargs)
         check_original_base(directory, checkpoint.network)
-        network = PeftModel(checkpoint.network, lora)
+        with without_old_name():
+            network = PeftModel(checkpoint.network, lora)
         _load_lora(network, state, directory)
         model = InstructionModel(network, ClearConfig(checkpoint.token_model.codebook_size))
         model.set_head(weight, bias, where=directory / "gen_head_clear.pt")
@@ -85,7 +100,11 @@ def load_clear_model(
         state = _read_adapter(directory)
         lora = _read_lora_config(directory, state)
         checkpoint = _load_base_of(lora, base, directory, token=token, **kwargs)
-        network = PeftModel(checkpoint.network, lora)
+        if isinstance(lora.target_modules, str):
+            modules = (name for name, _ in checkpoint.network.named_modules())
+            lora.target_modules = matching_modules(lora.target_modules, modules, directory / "adapter_config.json")
+        with without_old_name():
+            network = PeftModel(checkpoint.network, lora)
         # Not PeftModel.from_pretrained: it leaves layers that the file does not have at random, without a word.
         _load_lora(network, state, directory)
         model = InstructionModel(network, config)
@@ -113,6 +132,14 @@ def load_base(name_or_path: str, **kwargs) -> tuple[InstructionModel, JanusProce
     return _ready(InstructionModel(checkpoint.network, ClearConfig(codes, instructions=[])), checkpoint), checkpoint.processor
 
 
+@contextmanager
+def without_old_name() -> Iterator[None]:
+    """PEFT asks for an attribute by a name that transformers 5 deprecates; nobody here can change that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
 def _ready(model: InstructionModel, checkpoint: Checkpoint, merge: bool = False) -> InstructionModel:
     model.clear_head.to(next(model.base.lm_head.parameters()).device)
     layers = model.token_model.language_model.layers
@@ -123,11 +150,19 @@ def _ready(model: InstructionModel, checkpoint: Checkpoint, merge: bool = False)
 
 def _load_base_of(lora: PeftConfig, base: str | Path | None, directory: Path, **kwargs) -> Checkpoint:
     """`base` where it is given, else the model (and revision) that the adapter names."""
-    if base is not None:
-        return load_checkpoint(base, **kwargs)
-    if not lora.base_model_name_or_path:
+    if base is None:
+        lora.base_model_name_or_path = read_base_name(directory)
+    if base is None and not lora.base_model_name_or_path:
         raise ValueError(f"{directory}/adapter_config.json names no base model; pass it as base=.")
-    return load_checkpoint(lora.base_model_name_or_path, revision=lora.revision, **kwargs)
+    if base is None:
+        base, kwargs = lora.base_model_name_or_path, kwargs | {"revision": lora.revision}
+    checkpoint = load_checkpoint(base, **kwargs)
+    if names := offloaded(checkpoint.network):  # PEFT would leave the adapter's matrices out, without a word
+        raise ValueError(
+            f"device_map offloads {names[0]} and {len(names) - 1} more of {base}; an adapter needs all of its base on "
+            "devices. Merge the adapter (`thinkclearly push --merged native`) and load the result."
+        )
+    return checkpoint
 
 
 def _read_adapter(directory: Path) -> dict[str, torch.Tensor]:
@@ -138,21 +173,16 @@ def _read_adapter(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_lora_config(directory: Path, state: dict[str, torch.Tensor]) -> LoraConfig:
-    """The adapter's configuration, unless it would import modules, copy layers or take more room than the file."""
-    path = directory / "adapter_config.json"
-    read_json(path)  # names the file where it is damaged
-    try:
-        lora = PeftConfig.from_pretrained(str(directory))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not an adapter configuration ({error}). Get it again.") from error
-    risky = [name for name in ("layer_replication", "megatron_config") if getattr(lora, name, None)]
-    if not isinstance(lora, LoraConfig) or risky:
-        raise ValueError(f"{path} is {lora.peft_type} with {risky or 'other settings'}; expected plain LoRA or DoRA.")
+    """The adapter's configuration, unless it would take more room than the matrices beside it."""
+    settings = read_adapter_config(directory)
     largest = max((tensor.shape[0] for name, tensor in state.items() if "lora_A" in name), default=0)
-    ranks = [lora.r, *lora.rank_pattern.values()]
-    if not all(type(rank) is int and 0 < rank <= largest for rank in ranks):
-        raise ValueError(f"{path} has ranks {ranks}; the matrices beside it have {largest} at most. Get both again.")
-    return lora
+    ranks = [settings["r"], *settings.get("rank_pattern", {}).values()]
+    if max(ranks) > largest:
+        raise ValueError(
+            f"{directory}/adapter_config.json has ranks {ranks}; the matrices beside it have {largest} at most. Get "
+            "both again."
+        )
+    return LoraConfig(**settings, inference_mode=True)
 
 
 def _load_lora(network: PeftModel, state: dict[str, torch.Tensor], directory: Path) -> None:

@@ -7,6 +7,7 @@ Source of the idea: peterN908/ThinkClearly (3_sft_finetune.py, the wrapper that 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,15 +18,18 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from thinkclearly.files import replacing, write_json
+from thinkclearly.config import is_local
+from thinkclearly.files import replacing_in, write_json, write_text
 from thinkclearly.instructions import InstructionVocabulary
-from thinkclearly.models.config_files import read_json
+from thinkclearly.models.config_files import read_config, read_json
 from thinkclearly.models.cross_entropy import Scores, score_hidden, score_words
 from thinkclearly.models.load import token_model
 from thinkclearly.models.protocol import PromptBatch, fill, position_ids
 from thinkclearly.models.weight_files import read_tensors
 
-HEAD_FILE, CONFIG_FILE = "gen_head_clear.safetensors", "clear_config.json"
+HEAD_FILE, CONFIG_FILE, ADAPTER_FILE = "gen_head_clear.safetensors", "clear_config.json", "adapter_config.json"
+# Where an adapter's folder keeps the path of a local base; huggingface_hub uploads nothing from below this folder.
+LOCAL_BASE = ".cache/huggingface/base_model"
 
 
 @dataclass
@@ -53,6 +57,14 @@ class ClearConfig:
     edit: dict = field(default_factory=dict)
 
 
+class _ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero; it may have no rows, of which torch's own start warns."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class InstructionModel(nn.Module):
     """A `TokenModel` plus instruction logits: an image head of K + I classes. I may be 0.
 
@@ -71,11 +83,9 @@ class InstructionModel(nn.Module):
         if codes != config.codebook_size:
             raise ValueError(f"The CLEAR head is for {config.codebook_size} codes, the base model has {codes}")
         # float32 whatever the base runs in: a single logit decides between copying and painting.
-        self.clear_head = nn.Linear(self.token_model.hidden_size, len(self.vocabulary))
-        if len(self.vocabulary):  # without instructions there is nothing to start
-            nn.init.zeros_(self.clear_head.weight)
-            # One against K equally likely codes would start far too rare.
-            nn.init.constant_(self.clear_head.bias, math.log(config.codebook_size) / 2)
+        self.clear_head = _ZeroLinear(self.token_model.hidden_size, len(self.vocabulary))
+        # One against K equally likely codes would start far too rare.
+        nn.init.constant_(self.clear_head.bias, math.log(config.codebook_size) / 2)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -99,10 +109,11 @@ class InstructionModel(nn.Module):
         codes = self.token_model.code_logits(hidden)
         if not len(self.vocabulary):
             return codes
-        with torch.autocast(hidden.device.type, enabled=False):
-            # FSDP's mixed precision hands the weights over in bfloat16, hence float() on them as well.
-            weight, bias = self.clear_head.weight.float(), self.clear_head.bias.float()
-            return torch.cat([codes, nn.functional.linear(hidden.float(), weight, bias)], dim=-1)
+        # FSDP's mixed precision hands the weights over in bfloat16, hence float() on them as well.
+        weight, bias = self.clear_head.weight.float(), self.clear_head.bias.float()
+        with torch.autocast(weight.device.type, enabled=False):
+            instructions = nn.functional.linear(hidden.to(weight.device).float(), weight, bias)
+        return torch.cat([codes, instructions.to(codes.device)], dim=-1)
 
     def forward(
         self,
@@ -163,7 +174,7 @@ class InstructionModel(nn.Module):
         codes = labels if transformed is None else self.vocabulary.remap(labels, transformed)
         if len(codes):
             fed_back = embeds.new_zeros(len(draws), codes.shape[1] - 1, embeds.shape[-1])
-            fed_back[draws] = family.embed_codes(codes[:, :-1]).to(embeds.dtype)
+            fed_back[draws] = family.embed_codes(codes[:, :-1]).to(embeds)
             embeds = fill(embeds, prompt.drawn_slots, fed_back)
         # 3. Drawn pictures end their rows; the BOI before them predicts the first code.
         hidden = family.language_model(
@@ -171,7 +182,7 @@ class InstructionModel(nn.Module):
             attention_mask=prompt.attention_mask,
             position_ids=position_ids(prompt.attention_mask),
             use_cache=False,
-        ).last_hidden_state
+        ).last_hidden_state.to(embeds.device)
         return hidden, hidden[draws, -labels.shape[1] :]
 
     def save_pretrained(self, directory: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -182,17 +193,18 @@ class InstructionModel(nn.Module):
         """
         state = self.state_dict() if state_dict is None else state_dict
         parts = {part: _below(state, f"{part}.") for part in ("network", "clear_head")}
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().float().cpu().contiguous() for name, t in parts["clear_head"].items()}
         # Without the flag PEFT asks the Hub whether the base's vocabulary has grown.
         quiet = {"save_embedding_layers": False} if isinstance(self.network, PeftModel) else {}
-        self.network.save_pretrained(directory, state_dict=parts["network"], **quiet)
-        # Beside an adapter too: transformers' pipeline() reads it before anything else.
-        self.base.config.save_pretrained(directory)
-        tensors = {name: t.detach().float().cpu().contiguous() for name, t in parts["clear_head"].items()}
-        with replacing(directory / HEAD_FILE) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        write_clear_config(self.clear_config, directory)
+        with replacing_in(directory) as folder:
+            self.network.save_pretrained(folder, state_dict=parts["network"], **quiet)
+            if isinstance(self.network, PeftModel):
+                (folder / "README.md").unlink()  # PEFT's card, with nothing filled in but the base's path
+                _keep_local_base(folder)
+            # Beside an adapter too: transformers' pipeline() reads it before anything else.
+            self.base.config.save_pretrained(folder)
+            save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
+            write_clear_config(self.clear_config, folder)
 
     def load_head(self, directory: str | Path) -> None:
         """Reads the CLEAR head's weights; a missing file or another shape is an error."""
@@ -222,10 +234,25 @@ def _below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def _keep_local_base(directory: Path) -> None:
+    """Moves a path of this machine out of `adapter_config.json`, which is shared, to where it stays at home."""
+    settings = read_json(directory / ADAPTER_FILE)
+    if is_local(base := settings["base_model_name_or_path"] or "tiny"):
+        write_text(directory / LOCAL_BASE, str(Path(base).expanduser().absolute()))
+        write_json(directory / ADAPTER_FILE, settings | {"base_model_name_or_path": None})
+
+
+def read_base_name(directory: str | Path) -> str | None:
+    """The base model of the adapter in `directory`: a Hub id, "tiny" or a path; None where nothing says."""
+    name = read_json(Path(directory) / ADAPTER_FILE).get("base_model_name_or_path")
+    path = Path(directory) / LOCAL_BASE
+    return name or (path.read_text(encoding="utf-8") if path.is_file() else None)
+
+
 def head_digest(weight: torch.Tensor, config: ClearConfig) -> str:
-    """Of a CLEAR head's weight and its gate, which every training and calibration changes: tells models apart."""
-    gate = f"{config.gate_bias} {config.gate_temperature}".encode()
-    return hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes() + gate).hexdigest()[:16]
+    """Of a CLEAR head's weight and its configuration: training, calibration and new defaults for edits change it."""
+    content = json.dumps(asdict(config), sort_keys=True).encode()
+    return hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes() + content).hexdigest()[:16]
 
 
 def write_clear_config(config: ClearConfig, directory: str | Path) -> None:
@@ -236,7 +263,7 @@ def write_clear_config(config: ClearConfig, directory: str | Path) -> None:
 def read_clear_config(directory: str | Path) -> ClearConfig:
     """`clear_config.json` of a fine-tune; unknown or missing keys are an error that names them."""
     path = Path(directory) / CONFIG_FILE
-    content = read_json(path)
+    content = read_config(path, ClearConfig.__dataclass_fields__)
     unknown = set(content) - set(ClearConfig.__dataclass_fields__)
     if unknown or "codebook_size" not in content:
         raise ValueError(

@@ -100,7 +100,7 @@ def fill(embeds: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> tor
     offset = torch.arange(embeds.shape[1], device=embeds.device) - slots[:, None]
     inside = (slots[:, None] >= 0) & (offset >= 0) & (offset < n)
     index = offset.clamp(0, n - 1).unsqueeze(-1).expand(-1, -1, values.shape[-1])
-    return torch.where(inside.unsqueeze(-1), values.to(embeds.dtype).gather(1, index), embeds)
+    return torch.where(inside.unsqueeze(-1), values.to(embeds).gather(1, index), embeds)
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import re
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from thinkclearly.models.finetunes import without_old_name
 from thinkclearly.models.instruction_head import ClearConfig, InstructionModel
 from thinkclearly.models.load import Checkpoint
 
@@ -21,7 +22,8 @@ def add_lora(
         parts: names of `TokenModel.parts()` whose linear layers are adapted; the family's `learning_parts` if empty.
         lora: fields of `peft.LoraConfig` (`r`, `lora_alpha`, `lora_dropout`, `use_dora`, `use_rslora`, …).
     """
-    network = get_peft_model(checkpoint.network, LoraConfig(target_modules=lora_targets(checkpoint, parts), **lora))
+    with without_old_name():
+        network = get_peft_model(checkpoint.network, LoraConfig(target_modules=lora_targets(checkpoint, parts), **lora))
     network.peft_config["default"].base_model_name_or_path = base_name
     return InstructionModel(network, config)
 

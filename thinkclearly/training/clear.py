@@ -151,6 +151,11 @@ class ClearEditTrainer(SupervisedTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.clear_weight = read_clear_config(resume_from_checkpoint).clear_weight
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:  # here for DeepSpeed, which loads the model's weights by itself
+            self.clear_weight = read_clear_config(checkpoint).clear_weight
+
 
 Trainer = ClearEditTrainer
 

@@ -14,11 +14,11 @@ from accelerate.utils import DistributedType
 from torchmetrics import MeanMetric
 
 from thinkclearly.data.collator import Collator
+from thinkclearly.files import replacing_in
 from thinkclearly.models.cross_entropy import Scores, weighted_loss
 from thinkclearly.models.finetunes import load_finetune
 from thinkclearly.models.instruction_head import InstructionModel
 from thinkclearly.models.janus.processor import JanusProcessor
-from thinkclearly.sequence import Dropout
 from thinkclearly.training.checkpoints import ResumableTrainer
 
 
@@ -53,7 +53,7 @@ class SupervisedTrainer(ResumableTrainer):
         self.processor, self.vocabulary = processor, model.vocabulary
         self.instruction_weight = self.eval_instruction_weight = instruction_weight
         self.answer_weight = answer_weight
-        self.eval_collator = data_collator.without(Dropout)
+        self.eval_collator = data_collator.without_dropout()
         self.train_accuracy = {name: MeanMetric().to(self.args.device) for name in ("accuracy", "answer_accuracy")}
 
     @property
@@ -170,15 +170,16 @@ class SupervisedTrainer(ResumableTrainer):
             return
         directory = output_dir or self.args.output_dir
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model.save_pretrained(directory, state_dict=state_dict)
-        self.processor.save_pretrained(directory)
-        torch.save(self.args, f"{directory}/training_args.bin")
+        with replacing_in(directory) as folder:  # what is being pushed stays what it was
+            model.save_pretrained(folder, state_dict=state_dict)
+            self.processor.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_finetune(self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False), resume_from_checkpoint)
+            model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+            load_finetune(model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -22,8 +22,15 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration
 
+from thinkclearly.models.config_files import (
+    CONFIG_NAMES,
+    check_claims,
+    check_sizes,
+    config_errors,
+    read_config,
+    read_json,
+)
 from thinkclearly.models.janus import deepseek
-from thinkclearly.models.config_files import check_claims, check_sizes, config_errors, read_json
 from thinkclearly.models.quantization import language_model_alone
 from thinkclearly.models.weight_files import find_weights, open_weights
 
@@ -59,7 +66,8 @@ def load_janus(
         attn_implementation (`str`, *optional*): as in transformers (`"sdpa"`, `"eager"`, …).
         quantization_config (*optional*): as in transformers, for native checkpoints. Modules outside the language
             model are left alone unless it names `llm_int8_skip_modules` itself.
-        device_map (*optional*): as in transformers, for native checkpoints.
+        device_map (*optional*): as in transformers, for native checkpoints. Parts may lie on several devices; only the
+            language model may be offloaded ("cpu" beside accelerators, "disk").
 
     Returns:
         `JanusForConditionalGeneration` in eval mode. Peak memory is one copy of the weights and one tensor.
@@ -73,7 +81,7 @@ def load_janus(
     folder = resolve(name_or_path, revision, token, ("*.json", *_TOKENIZER_FILES))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; expected a Janus checkpoint, native or DeepSeek's.")
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json", CONFIG_NAMES)
     model_type = config.get("model_type")
     if model_type not in ("janus", "multi_modality"):
         raise ValueError(
@@ -260,7 +268,18 @@ def _load_native(source, **kwargs) -> JanusForConditionalGeneration:
     model.__class__ = JanusForConditionalGeneration
     problems = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
     _raise_problems(str(source), {name: keys for name, keys in problems.items() if keys})
+    needed = [name for name in offloaded(model) if not name.startswith(("model.language_model.", "lm_head."))]
+    if needed:
+        raise ValueError(
+            f"device_map offloads {needed[0]} and {len(needed) - 1} more; only the language model can be offloaded. "
+            "Give the other parts (model.vision_model, model.vqmodel, model.generation_head, …) a device."
+        )
     return _finish(model)
+
+
+def offloaded(model: nn.Module) -> list[str]:
+    """Parameters that accelerate keeps elsewhere and brings in for their module's computation only."""
+    return [name for name, parameter in model.named_parameters() if parameter.is_meta]
 
 
 def _finish(model: JanusForConditionalGeneration) -> JanusForConditionalGeneration:

@@ -11,9 +11,9 @@ import torch
 from huggingface_hub import hf_hub_download
 from transformers import JanusConfig, JanusForConditionalGeneration, LlamaConfig
 
+from thinkclearly.models.config_files import CONFIG_NAMES, check_sizes, config_errors, read_config
 from thinkclearly.models.janus import deepseek
 from thinkclearly.models.janus.checkpoint import TINY
-from thinkclearly.models.config_files import check_sizes, config_errors, read_json
 from thinkclearly.models.weight_files import find_weights, open_weights
 
 
@@ -38,7 +38,7 @@ def empty_janus(name_or_path: str, revision: str | None = None) -> JanusForCondi
                 f"The config.json of {name_or_path} cannot be read ({str(error).splitlines()[0]}). Offline, "
                 "give --base_model a folder that holds it; weights are not needed."
             ) from error
-    config = read_json(path)
+    config = read_config(path, CONFIG_NAMES)
     check_sizes(config, path)
     with config_errors(path.parent):
         native = JanusConfig.from_dict(config) if config.get("model_type") == "janus" else _native(config, path.parent)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import JanusForConditionalGeneration
 
@@ -52,15 +53,15 @@ class Janus:
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         vq = self.network.model.vqmodel
-        pixels = pixels.to(vq.device, torch.float32)
-        with _full_precision(pixels.device):
-            return vq.encode(pixels).image_tokens.view(pixels.shape[0], -1)
+        with _full_precision(vq.device):
+            codes = vq.encode(pixels.to(vq.device, torch.float32)).image_tokens.view(pixels.shape[0], -1)
+        return codes.to(pixels.device)
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         vq = self.network.model.vqmodel
         with _full_precision(vq.device):
-            return vq.decode(codes.to(vq.device)).float()
+            return vq.decode(codes.to(vq.device)).float().to(codes.device)
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
         vision = self.network.model.vision_model
@@ -70,14 +71,14 @@ class Janus:
     def embed_prompt(
         self, prompt: PromptBatch, features: torch.Tensor | None = None, codes: torch.Tensor | None = None
     ) -> torch.Tensor:
-        embeds = self.network.get_input_embeddings()(prompt.input_ids)
+        embeds = self.network.get_input_embeddings()(prompt.input_ids).to(prompt.input_ids.device)
         seen = None if features is None else self.network.model.aligner(features)
         known = None if codes is None else self.embed_codes(codes)
         for slots, values in ((prompt.seen_slots, seen), (prompt.known_slots, known)):
             if values is None:
                 continue
             for slot, picture in zip(slots.unbind(1), prompt.pictures.unbind(1)):
-                embeds = fill(embeds, slot, values.to(embeds.device)[picture])
+                embeds = fill(embeds, slot, values.to(embeds)[picture])
         return embeds
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
@@ -101,17 +102,23 @@ class Janus:
     def base_fingerprint(self) -> str:
         """SHA-256 of the generation head, language norms and every 64th word, rounded to bfloat16.
 
-        Fine-tunes of one model share codebook and shapes but not these. The same for float32 and bfloat16, and for a
-        language model in 4 or 8 bits; "" in float16, whose rounding is another, and where the head is quantised.
+        Fine-tunes of one model share codebook and shapes but not these. The same for float32 and bfloat16, for a
+        language model in 4 or 8 bits, and wherever accelerate keeps the weights; "" in float16, whose rounding is
+        another, and where the head itself is quantised.
         """
         core = self.network.model
         heads = [core.generation_head.proj_out, core.generation_head.vision_head]
-        tensors = [getattr(module, "base_layer", module).weight for module in heads]  # without LoRA
-        tensors += [core.language_model.embed_tokens.weight[::64], core.language_model.norm.weight]
-        tensors += [layer.input_layernorm.weight for layer in core.language_model.layers]
-        if any(tensor.dtype not in (torch.float32, torch.bfloat16) for tensor in tensors):
+        modules = [getattr(module, "base_layer", module) for module in heads]  # without LoRA
+        modules += [core.language_model.embed_tokens, core.language_model.norm]
+        modules += [layer.input_layernorm for layer in core.language_model.layers]
+        if any(module.weight.dtype not in (torch.float32, torch.bfloat16) for module in modules):
             return ""
-        return _fingerprint(tensor.detach().to("cpu", torch.bfloat16).view(torch.int16) for tensor in tensors)
+        tensors = []
+        for module in modules:
+            with align_module_device(module):
+                rows = module.weight[::64] if module is core.language_model.embed_tokens else module.weight
+                tensors.append(rows.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16))
+        return _fingerprint(tensors)
 
 
 def _fingerprint(tensors) -> str:

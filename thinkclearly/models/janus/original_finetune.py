@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import JanusForConditionalGeneration
 
+from thinkclearly.models.adapter_config import lora_settings, read_adapter_config
 from thinkclearly.models.instruction_head import InstructionModel
 from thinkclearly.models.config_files import read_json
 from thinkclearly.models.janus.deepseek import deepseek_key, to_native
@@ -39,8 +40,8 @@ def is_original_finetune(directory: str | os.PathLike) -> bool:
         return False
     if (directory / HEAD_FILE).is_file() or (directory / "clear_meta.json").is_file():
         return True
-    targets = _read_adapter_config(directory).get("target_modules") or ()
-    return not isinstance(targets, str) and any(name.endswith("output_mlp_projector") for name in targets)
+    targets = read_json(directory / "adapter_config.json").get("target_modules")
+    return isinstance(targets, list) and any(str(name).endswith("output_mlp_projector") for name in targets)
 
 
 def read_original_finetune(
@@ -62,8 +63,8 @@ def read_original_finetune(
         ValueError: not a plain LoRA, or tensors of other names and shapes than that script writes.
     """
     directory = Path(directory)
-    settings = _read_adapter_config(directory)
-    _check_settings(settings, directory)
+    settings = read_adapter_config(directory)
+    _check_plain(settings, directory)
     head = _read_head(directory)
     pairs = _read_lora(directory)
 
@@ -122,7 +123,7 @@ def read_original_finetune(
         lora_alpha=settings["lora_alpha"],
         lora_dropout=settings.get("lora_dropout", 0.0),
         use_rslora=settings.get("use_rslora", False),
-        target_modules=_target_pattern(targets),
+        target_modules=targets,
     )
     return config, state, weight, bias
 
@@ -164,7 +165,7 @@ def write_original_finetune(model: InstructionModel, directory: str | os.PathLik
     config = network.peft_config["default"]
     settings = {**config.to_dict(), "inference_mode": True, "task_type": "FEATURE_EXTRACTION"}
     settings |= {"peft_type": config.peft_type.value, "target_modules": sorted(_TARGETS), "auto_mapping": None}
-    _check_settings(settings, directory)
+    _check_plain(lora_settings(settings, directory), directory)
     if clear_head.out_features != 1:
         raise ValueError(f"The model has {clear_head.out_features} instruction tokens; the original format holds one.")
     head = {f"clear_linear.{name}": tensor.float() for name, tensor in clear_head.state_dict().items()}
@@ -186,30 +187,15 @@ def write_original_finetune(model: InstructionModel, directory: str | os.PathLik
     (directory / "clear_meta.json").write_text(json.dumps({"has_clear_head": True}), encoding="utf-8")
 
 
-def _read_adapter_config(directory: Path) -> dict:
-    path = directory / "adapter_config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} has no adapter_config.json; expected a fine-tune folder of ThinkClearly."
-        )
-    return read_json(path)
-
-
-def _check_settings(settings: dict, directory: Path):
+def _check_plain(settings: dict, directory: Path):
     unsupported = {
-        name: settings[name]
-        for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias", "fan_in_fan_out")
-        if settings.get(name)
+        name: settings[name] for name in ("rank_pattern", "alpha_pattern", "use_dora") if settings.get(name)
     }
-    if settings.get("peft_type") != "LORA" or unsupported or settings.get("bias", "none") != "none":
+    if unsupported:
         raise ValueError(
-            f"{directory}/adapter_config.json is {settings.get('peft_type')!r} with "
-            f"{unsupported or settings.get('bias')}; the original script writes a plain LORA with bias 'none'. Load "
-            "this adapter with PEFT itself."
+            f"{directory}/adapter_config.json has {unsupported}; the original script writes a plain LoRA. Load this "
+            "adapter with PEFT itself."
         )
-    for name in ("r", "lora_alpha"):
-        if type(settings.get(name)) not in (int, float):
-            raise ValueError(f"{directory}/adapter_config.json has {name}={settings.get(name)!r}; expected a number.")
 
 
 def _base_names(name: str) -> tuple[str, str]:
@@ -250,24 +236,3 @@ def _read_lora(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
                 raise ValueError(f"{file} has {key!r}; expected LoRA tensors only (….lora_A.weight, ….lora_B.weight).")
             pairs.setdefault(match[1], {})[match[2]] = read(key).clone()
     return pairs
-
-
-def _target_pattern(targets: list[str]) -> str:
-    """A pattern that matches exactly these modules, with the layers of one set of modules written once."""
-    layers: dict[str, list[str]] = {}
-    exact = []
-    for target in targets:
-        if match := re.fullmatch(r"model\.language_model\.layers\.(\d+)\.(.+)", target):
-            layers.setdefault(match[2], []).append(match[1])
-        else:
-            exact.append(re.escape(target))
-    modules: dict[tuple[str, ...], list[str]] = {}
-    for module, numbers in layers.items():
-        modules.setdefault(tuple(sorted(numbers, key=int)), []).append(re.escape(module))
-    return "|".join(
-        [
-            rf"model\.language_model\.layers\.(?:{'|'.join(numbers)})\.(?:{'|'.join(names)})"
-            for numbers, names in modules.items()
-        ]
-        + exact
-    )

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from thinkclearly.images import to_pixel_values
-from thinkclearly.models.config_files import read_json
+from thinkclearly.models.config_files import read_config
 from thinkclearly.models.protocol import PromptBatch
 from thinkclearly.sequence import Drawn, Known, Row, Sample, Seen, Words, conditions
 
@@ -30,6 +30,9 @@ SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
+
+_NAMES = ("image_size", "size", "image_mean", "image_std", "num_image_tokens")  # what is read of the processor files
+
 
 class JanusProcessor:
     """Pictures to pixel values and text to prompts, exactly as DeepSeek's processor and the Janus-4o demo do.
@@ -196,4 +199,4 @@ def _read_json(name_or_path: str, name: str, hub: dict) -> dict:
             f"{name_or_path} has no {name}. Janus-Pro checkpoints and their derivatives carry one; copy it from the "
             "base model (fine-tunes sometimes leave it out)."
         ) from error
-    return read_json(path)
+    return read_config(path, _NAMES)
