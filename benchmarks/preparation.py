@@ -21,6 +21,7 @@ from statistics import median
 import numpy as np
 import torch
 import transformers
+from thinkclearly.jobs import machine
 from tqdm.auto import tqdm
 
 from thinkclearly.bench.measure import interleaved, now
@@ -31,8 +32,7 @@ from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.evaluation.tables import markdown_table
 from thinkclearly.files import write_json, write_text
 from thinkclearly.images import Letterbox, load_image
-from thinkclearly.jobs import machine
-from thinkclearly.models.backbone import Backbone, encode_tokens, load_backbone
+from thinkclearly.models.load import Checkpoint, load_checkpoint
 
 SEED = 12  # of the built-in edits
 PHOTO = (1024, 768)
@@ -46,7 +46,7 @@ STAGES = {
     "read": [("sources.py", "read_example")],
     "square": [("images.py", "fit")],
     "compare": [("images.py", "patch_difference")],
-    "encode": [("backbone.py", "encode_tokens"), ("~", "<method 'cpu' of 'torch._C.TensorBase' objects>")],
+    "encode": [("checkpoint.py", "encode_tokens"), ("~", "<method 'cpu' of 'torch._C.TensorBase' objects>")],
     "write": [("arrow_dataset.py", "save_to_disk")],
     "label": [("prepare.py", "label_dataset")],
 }
@@ -72,12 +72,12 @@ def write_photographs(folder: Path, pairs: int) -> None:
         (sample / "metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
 
 
-def original(folder: Path, backbone: Backbone, output: Path) -> np.ndarray:
+def original(folder: Path, checkpoint: Checkpoint, output: Path) -> np.ndarray:
     """ThinkClearly's 2_prepare_data.py: a picture at a time, equal tokens are CLEAR, a line of JSON for each pair.
 
     Two things are ours, so that its codes can be compared: pictures keep their proportions, and float32.
     """
-    device, size = backbone.model.model.vqmodel.device, backbone.processor.image_size
+    device, size = checkpoint.network.model.vqmodel.device, checkpoint.processor.image_size
     found = []
     with (output / "prepared.jsonl").open("w", encoding="utf-8") as file:
         for sample in sorted(folder.iterdir()):
@@ -86,8 +86,8 @@ def original(folder: Path, backbone: Backbone, output: Path) -> np.ndarray:
             for side in ("source", "target"):
                 picture = load_image(sample / metadata[side])
                 square = Letterbox(*picture.size, size).fit(picture)
-                pixels = backbone.processor.pixel_values([square]).to(device)
-                pair.append(encode_tokens(backbone.model, pixels)[0].tolist())
+                pixels = checkpoint.processor.pixel_values([square]).to(device)
+                pair.append(checkpoint.token_model.encode(pixels)[0].tolist())
             labels = ["<CLEAR>" if a == b else b for a, b in zip(*pair)]
             record = {"instruction": metadata["instruction"], "input_tokens": pair[0], "output_tokens": labels}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -95,8 +95,8 @@ def original(folder: Path, backbone: Backbone, output: Path) -> np.ndarray:
     return np.array(found)
 
 
-def ours(folder: Path, backbone: Backbone, output: Path, batch_size: int, workers: int) -> np.ndarray:
-    prepared = prepare_dataset(sources.folder(folder), backbone, output, batch_size=batch_size, workers=workers)
+def ours(folder: Path, checkpoint: Checkpoint, output: Path, batch_size: int, workers: int) -> np.ndarray:
+    prepared = prepare_dataset(sources.folder(folder), checkpoint, output, batch_size=batch_size, workers=workers)
     return np.stack([prepared["input_tokens"][:], prepared["target_tokens"][:]], axis=1)
 
 
@@ -104,10 +104,10 @@ def case(name: str, pairs: int, arguments: argparse.Namespace) -> dict:
     """All rows of one model; every batch size and number of workers that makes a difference for so few pairs."""
     device = torch.device(arguments.device)
     if name == "tiny":
-        backbone = load_backbone("tiny", device=device)
+        checkpoint = load_checkpoint("tiny", device=device)
     else:
         model, processor = random_model(SIZES["mid"], towers=(SMALL_TOWERS[0], {}), device=device)
-        backbone = Backbone(model.base, processor)
+        checkpoint = Checkpoint(model.base, processor)
     options = {}
     for size in sorted({min(size, pairs) for size in arguments.batches}):
         batches = -(-pairs // size)
@@ -121,7 +121,7 @@ def case(name: str, pairs: int, arguments: argparse.Namespace) -> dict:
                 # The inner bars would run through the outer one.
                 with tempfile.TemporaryDirectory() as output, open(os.devnull, "w") as quiet, redirect_stderr(quiet):
                     start = now(device)
-                    tokens = function(Path(folder), backbone, Path(output), **options)
+                    tokens = function(Path(folder), checkpoint, Path(output), **options)
                     return Run(now(device) - start, tokens)
 
             return run

@@ -18,6 +18,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 import transformers
+from thinkclearly.training.trainer import weighted_loss
 from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,19 +29,18 @@ from thinkclearly import jobs
 from thinkclearly.bench.measure import interleaved, now
 from thinkclearly.bench.scripted import SIZES, SMALL_TOWERS, random_model
 from thinkclearly.data import sources
-from thinkclearly.data.collator import EditCollator
+from thinkclearly.data.collator import Collator
 from thinkclearly.data.features import cache_features
 from thinkclearly.data.prepare import prepare_dataset
 from thinkclearly.evaluation.tables import markdown_table
 from thinkclearly.files import write_json, write_text
-from thinkclearly.models import scores
-from thinkclearly.models.backbone import Backbone, load_backbone
-from thinkclearly.models.clear_head import ClearConfig
-from thinkclearly.models.empty import empty_janus
+from thinkclearly.models import cross_entropy as scores
+from thinkclearly.models.instruction_head import ClearConfig
+from thinkclearly.models.janus.meta import empty_janus
+from thinkclearly.models.load import Checkpoint, load_checkpoint
 from thinkclearly.recipe import RecipeParser
 from thinkclearly.training import memory
 from thinkclearly.training.adapters import add_lora
-from thinkclearly.training.trainer import weighted_loss
 
 ORIGINAL, EVERYWHERE, OURS = "the original's step", "logits everywhere", "ours"
 WHOLE, CACHED, CHECKPOINTED = "ours, logits whole", "ours, cached features", "ours, activation checkpointing"
@@ -86,20 +86,20 @@ class Case:
     def __init__(self, name: str, batch_size: int, device: torch.device, folder: Path):
         self.device = device
         if name == "tiny":
-            backbone = load_backbone("tiny", device=device)
+            checkpoint = load_checkpoint("tiny", device=device)
         else:
             options = {"towers": SMALL_TOWERS} if name == "mid" else {"dtype": torch.bfloat16}
             scripted, processor = random_model(SIZES[name], device=device, **options)
-            backbone = Backbone(scripted.janus, processor)
-        side = backbone.processor.image_size
-        rows = prepare_dataset(sources.shapes(batch_size, size=side, seed=12), backbone, folder)
-        codes = backbone.model.config.vq_config.num_embeddings
-        self.model = add_lora(backbone, name, ClearConfig(codes), r=8, lora_alpha=16, lora_dropout=0.0)
+            checkpoint = Checkpoint(scripted.janus, processor)
+        side = checkpoint.processor.image_size
+        rows = prepare_dataset(sources.shapes(batch_size, size=side, seed=12), checkpoint, folder)
+        codes = checkpoint.token_model.codebook_size
+        self.model = add_lora(checkpoint, name, ClearConfig(codes), r=8, lora_alpha=16, lora_dropout=0.0)
         self.model.to(device).train()
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.0)
-        cache = cache_features([rows], self.model, backbone.processor, folder)
-        plain = EditCollator(backbone.processor, self.model.vocabulary)
-        cached = EditCollator(backbone.processor, self.model.vocabulary, features=cache)
+        cache = cache_features([rows], self.model, checkpoint.processor, folder)
+        plain = Collator(checkpoint.processor, self.model.vocabulary)
+        cached = Collator(checkpoint.processor, self.model.vocabulary, features=cache)
         records = rows.to_list()
         mixed = {"bf16": name == "7b"}  # whose weights are bfloat16: as a40.yaml trains it
         self.steps = {
@@ -136,7 +136,7 @@ class Case:
 
     def everywhere(self, batch: dict) -> torch.Tensor:
         """A plain causal model's step: text and image logits at all positions, most of whose labels are ignored."""
-        seen, language = [], self.model.base.model.language_model
+        seen, language = [], self.model.token_model.language_model
         handle = language.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
         self.model._teacher_forced_hidden(**batch)
         handle.remove()
@@ -271,7 +271,7 @@ def traced_peak(folder: Path, layers: int) -> float:
     janus.model.vqmodel.float()
     with torch.device("meta"):
         codes = janus.config.vq_config.num_embeddings
-        model = jobs.build_model(options, lora, Backbone(janus, None), ClearConfig(codes))
+        model = jobs.build_model(options, lora, Checkpoint(janus, None), ClearConfig(codes))
     if training.activation_checkpointing:
         model.activation_checkpointing_enable()
     with FakeTensorMode(allow_non_fake_inputs=True):

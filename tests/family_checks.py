@@ -77,7 +77,9 @@ def check_blocks_are_lossless(checkpoint: Checkpoint) -> None:
     for block in (1, 0, 5):
         settings = DecodeSettings(block=block, temperature=0.9, cfg_weight=2.0, cfg_weight2=1.0)
         rows = guided_rows(settings, has_source=True)
-        prompt = processor.rows([named_row(drawing(w, [i]), r) for i, w in enumerate(("Red.", "Blue it.")) for r in rows])
+        prompt = processor.rows(
+            [named_row(drawing(w, [i]), r) for i, w in enumerate(("Red.", "Blue it.")) for r in rows]
+        )
         found.append(
             decode(
                 model,

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
 
-from thinkclearly.models.checkpoint import load_janus
-from thinkclearly.models.original_finetune import check_original_base, read_original_finetune
+from thinkclearly.models.janus.checkpoint import load_janus
+from thinkclearly.models.janus.original_finetune import check_original_base, read_original_finetune
 
 CODEBOOK = "gen_vision_model.quantize.embedding.weight"
 

@@ -10,9 +10,10 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny_runs import CODES, Touch, batch_of, fresh, make_trainer, records
 
-from thinkclearly.models.backbone import load_backbone
-from thinkclearly.models.clear_head import ClearConfig, read_base_name
-from thinkclearly.training.adapters import load_base, load_clear_model, train_fully
+from thinkclearly.models.finetunes import load_base, load_clear_model
+from thinkclearly.models.instruction_head import ClearConfig, read_base_name
+from thinkclearly.models.load import load_checkpoint
+from thinkclearly.training.adapters import train_fully
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
@@ -35,16 +36,16 @@ def test_what_is_saved_comes_back(golden, tmp_path, options):
 
 
 def test_full_fine_tuning_comes_back(golden, tmp_path):
-    backbone = load_backbone(golden / "checkpoint")
-    model = train_fully(backbone, ClearConfig(CODES))
+    checkpoint = load_checkpoint(golden / "checkpoint")
+    model = train_fully(checkpoint, ClearConfig(CODES))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = make_trainer((model, backbone.processor), records(golden, 2), tmp_path, max_steps=1)
+    trainer = make_trainer((model, checkpoint.processor), records(golden, 2), tmp_path, max_steps=1)
     trainer.train()
     trainer.save_model()
     learnt = ("janus.model.language_model.", "janus.model.generation_head.", "clear_head.")
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
     assert moved == {name for name in start if name.startswith(learnt)}
-    batch = batch_of((model, backbone.processor), records(golden, 2))
+    batch = batch_of((model, checkpoint.processor), records(golden, 2))
     before = model.eval().requires_grad_(False)(**batch).nll
     assert torch.equal(load_clear_model(tmp_path)[0](**batch).nll, before)
     model.base.model.generation_head.vision_head.weight.add_(1)

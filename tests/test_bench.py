@@ -20,8 +20,7 @@ from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.decoding.engine import decode
 from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.editing.editor import Editor
-from thinkclearly.models.backbone import embed_prompt, encode_tokens, image_features
-from thinkclearly.models.prompt import FULL, PART, UNCOND
+from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -46,9 +45,9 @@ def embedded(editor, picture, words):
     """Three guidance rows of one edit, their mask, and the source's tokens (1, N)."""
     model, processor = editor.model, editor.processor
     pixels = processor.pixel_values([picture.resize((processor.image_size,) * 2)])
-    source, features = encode_tokens(model.base, pixels), image_features(model.base, pixels)
-    rows = processor.edit_rows([words] * 3, [FULL, PART, UNCOND])
-    embeds = embed_prompt(model.base, rows, features.expand(3, -1, -1), source.expand(3, -1))
+    source, features = model.token_model.encode(pixels), model.token_model.see(pixels)
+    rows = processor.edit_rows([words] * 3, [FULL, NO_SOURCE, UNCOND])
+    embeds = model.token_model.embed_prompt(rows, features.expand(3, -1, -1), source.expand(3, -1))
     return embeds, rows.attention_mask, source
 
 
@@ -80,7 +79,7 @@ def test_a_row_of_weight_0_costs_the_reference_loop_time_and_changes_nothing(edi
 def test_all_draw_the_same_tokens_when_greedy(editor):
     prompt = "a red circle at the top left"
     rows = editor.processor.generate_rows([prompt] * 2, [FULL, UNCOND])
-    embeds, weights = embed_prompt(editor.model.base, rows), {"cfg_weight": 3.0, "temperature": 0.0}
+    embeds, weights = editor.model.token_model.embed_prompt(rows), {"cfg_weight": 3.0, "temperature": 0.0}
     _, tokens = reference_loop(editor.model, embeds, 64, **weights)
     assert transformers_generate(editor.model.base, editor.processor, prompt, **weights) == tokens
     ours = decode(editor.model, embeds, rows.attention_mask, 64, DecodeSettings(**weights), samples=[(0, 0)])
@@ -89,7 +88,7 @@ def test_all_draw_the_same_tokens_when_greedy(editor):
 
 def test_sampling_stays_within_the_codes(editor):
     rows = editor.processor.generate_rows(["a star"] * 2, [FULL, UNCOND])
-    embeds = embed_prompt(editor.model.base, rows)
+    embeds = editor.model.token_model.embed_prompt(rows)
     torch.manual_seed(0)
     first, second = (reference_loop(editor.model, embeds, 8, temperature=1.5)[0] for _ in range(2))
     assert first != second and max(first + second) < 1024

@@ -7,19 +7,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from thinkclearly.training.trainer import ClearEditTrainer
 
 from thinkclearly import jobs, load_editor
-from thinkclearly.config import ClearTrainingArguments, DataArguments
 from thinkclearly.data import sources
-from thinkclearly.data.collator import EditCollator
+from thinkclearly.data.collator import Collator
+from thinkclearly.data.options import DataArguments
+from thinkclearly.data.splits import build_data
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import calibrate, fit_gate, gate_metrics
 from thinkclearly.images import Letterbox
-from thinkclearly.models.backbone import TINY, Backbone
-from thinkclearly.models.clear_head import CONFIG_FILE, read_clear_config, write_clear_config
-from thinkclearly.splits import build_data
-from thinkclearly.training.adapters import load_clear_model
-from thinkclearly.training.trainer import ClearEditTrainer
+from thinkclearly.models.finetunes import load_clear_model
+from thinkclearly.models.instruction_head import CONFIG_FILE, read_clear_config, write_clear_config
+from thinkclearly.models.janus.checkpoint import TINY
+from thinkclearly.models.load import Checkpoint
+from thinkclearly.training.options import RunArguments
 
 
 def test_the_fit_finds_the_bias_and_temperature_that_were_put_in():
@@ -103,11 +105,11 @@ def test_training_stores_what_it_found(editor, tmp_path, caplog):
     config = editor.model.clear_config
     rows = build_data(
         DataArguments(calibration_edits=6, prepared_dir=str(tmp_path / "data")),
-        Backbone(editor.model.base, editor.processor),
+        Checkpoint(editor.model.base, editor.processor),
         ["calibration"],
     ).calibration
-    args = ClearTrainingArguments(output_dir=str(tmp_path / "run"), eval_strategy="no", per_device_eval_batch_size=3)
-    collator = EditCollator(editor.processor, editor.model.vocabulary)
+    args = RunArguments(output_dir=str(tmp_path / "run"), eval_strategy="no", per_device_eval_batch_size=3)
+    collator = Collator(editor.processor, editor.model.vocabulary)
     trainer = ClearEditTrainer(editor.model, editor.processor, config.clear_weight, collator, args=args)
     trainer.save_model()
     config.gate_bias = 5.0

@@ -9,8 +9,8 @@ from PIL import Image
 from tiny_runs import fresh, make_trainer, records
 from transformers import TrainerControl, TrainerState
 
-from thinkclearly.models.clear_head import ClearEditModel
-from thinkclearly.models.scores import Scores
+from thinkclearly.models.cross_entropy import Scores
+from thinkclearly.models.instruction_head import InstructionModel
 from thinkclearly.training import callbacks
 from thinkclearly.training.callbacks import CollapseAlarm, SampleEdits, Speed, TuneClearWeight
 
@@ -32,7 +32,7 @@ def test_clear_weight_follows_the_excess(predicted, start, expected):
 
 
 def test_collapse_stops_the_run(golden, tmp_path, caplog):
-    class Perfect(ClearEditModel):
+    class Perfect(InstructionModel):
         """Sees its own targets."""
 
         def forward(self, labels, **inputs):
@@ -41,7 +41,7 @@ def test_collapse_stops_the_run(golden, tmp_path, caplog):
 
     model, processor = fresh(golden)
     trainer = make_trainer(
-        (Perfect(model.janus, model.clear_config), processor),
+        (Perfect(model.network, model.clear_config), processor),
         records(golden, 4),
         tmp_path,
         max_steps=4,

@@ -10,7 +10,7 @@ import yaml
 
 from thinkclearly.hub.card import model_card, write_card
 from thinkclearly.hub.pipeline import DEFAULT_MODEL
-from thinkclearly.models.clear_head import HEAD_FILE, head_digest, read_clear_config, write_clear_config
+from thinkclearly.models.instruction_head import HEAD_FILE, head_digest, read_clear_config, write_clear_config
 from thinkclearly.models.weight_files import read_tensors
 from thinkclearly.recipe import LEFT_OUT
 

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from thinkclearly import cli, jobs
-from thinkclearly.config import ClearTrainingArguments
 from thinkclearly.data.jsonl import read_jsonl
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.data.sources import EditExample, write_folder
-from thinkclearly.models.backbone import TINY
-from thinkclearly.models.clear_head import CONFIG_FILE
+from thinkclearly.models.instruction_head import CONFIG_FILE
+from thinkclearly.models.janus.checkpoint import TINY
 from thinkclearly.recipe import RecipeParser
+from thinkclearly.training.options import RunArguments
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "edit")
@@ -102,7 +102,7 @@ def test_every_job_has_help(job, capsys):
 
 @pytest.mark.parametrize("job", PARSED)
 def test_every_own_option_has_a_help_text(job, monkeypatch):
-    theirs = {f.name for f in fields(TrainingArguments)} - set(ClearTrainingArguments.__annotations__)
+    theirs = {f.name for f in fields(TrainingArguments)} - set(RunArguments.__annotations__)
     options = [action for action in parser_of(job, monkeypatch)._actions if action.dest not in theirs | {"help"}]
     # --no_KEY, which argparse gets for an option that is on by default, has the text of --KEY.
     lacking = [o.dest for o in options if o.help in (None, SUPPRESS) or len(o.help) < 5 or o.help.strip()[-1] != "."]

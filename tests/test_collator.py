@@ -5,21 +5,21 @@ import pytest
 import torch
 
 from thinkclearly.data import sources
-from thinkclearly.data.collator import EditCollator
+from thinkclearly.data.collator import Collator
 from thinkclearly.data.prepare import prepare_dataset
 from thinkclearly.data.sources import BadRecord, read_example
 from thinkclearly.images import Letterbox
 from thinkclearly.instructions import InstructionVocabulary
-from thinkclearly.models.backbone import load_backbone
-from thinkclearly.models.clear_head import ClearConfig, ClearEditModel
-from thinkclearly.models.prompt import FULL, PART, UNCOND
+from thinkclearly.models.instruction_head import ClearConfig, InstructionModel
+from thinkclearly.models.load import load_checkpoint
+from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND
 
 K, N = 128, 36
 
 
 @pytest.fixture(scope="module")
-def backbone(golden):
-    return load_backbone(str(golden / "checkpoint"))
+def checkpoint(golden):
+    return load_checkpoint(str(golden / "checkpoint"))
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +30,22 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def rows(photos, backbone, tmp_path_factory):
-    return prepare_dataset(photos, backbone, tmp_path_factory.mktemp("prepared")).to_list()
+def rows(photos, checkpoint, tmp_path_factory):
+    return prepare_dataset(photos, checkpoint, tmp_path_factory.mktemp("prepared")).to_list()
 
 
 @pytest.fixture
-def collator(backbone):
-    return lambda *args, **kwargs: EditCollator(backbone.processor, InstructionVocabulary(K), *args, **kwargs)
+def collator(checkpoint):
+    return lambda *args, **kwargs: Collator(checkpoint.processor, InstructionVocabulary(K), *args, **kwargs)
 
 
 def tokens(rows, name):
     return torch.tensor([row[name] for row in rows])
 
 
-def test_full_rows_are_the_prompts_of_inference(rows, backbone, collator):
+def test_full_rows_are_the_prompts_of_inference(rows, checkpoint, collator):
     batch = collator()(rows)
-    prompt = backbone.processor.edit_rows([row["instruction"] for row in rows], [FULL] * len(rows))
+    prompt = checkpoint.processor.edit_rows([row["instruction"] for row in rows], [FULL] * len(rows))
     for name, value in vars(prompt).items():
         assert torch.equal(batch[name], value), name
     assert torch.equal(batch["source_tokens"], tokens(rows, "input_tokens"))
@@ -53,18 +53,18 @@ def test_full_rows_are_the_prompts_of_inference(rows, backbone, collator):
     assert batch["labels"].dtype == batch["source_tokens"].dtype == torch.long
 
 
-def test_left_padding(rows, backbone, collator):
+def test_left_padding(rows, checkpoint, collator):
     rows = [{**rows[0], "instruction": "Go."}, {**rows[1], "instruction": "Make the blue circle at the top purple."}]
     batch = collator()(rows)
     mask = batch["attention_mask"]
     assert mask[0, 0] == 0 and mask[1].all() and (mask.diff() >= 0).all() and mask[:, -1].all()
-    assert (batch["input_ids"][mask == 0] == backbone.processor.pad_id).all()
+    assert (batch["input_ids"][mask == 0] == checkpoint.processor.pad_id).all()
     alone = collator()(rows[:1])
     padding = int((mask[0] == 0).sum())
     assert torch.equal(batch["input_ids"][0, padding:], alone["input_ids"][0])
     assert batch["image_slot"][0] == alone["image_slot"][0] + padding
     for i in range(2):
-        for slot, id_ in (("image_slot", backbone.processor.image_id), ("source_slot", backbone.processor.pad_id)):
+        for slot, id_ in (("image_slot", checkpoint.processor.image_id), ("source_slot", checkpoint.processor.pad_id)):
             start = int(batch[slot][i])
             assert (batch["input_ids"][i, start : start + N] == id_).all()
 
@@ -77,8 +77,8 @@ def test_part_rows_have_no_source_but_keep_their_labels(rows, collator):
     assert (batch["labels"] == K).any()
 
 
-def test_uncond_rows_are_told_nothing(rows, backbone, collator):
-    processor = backbone.processor
+def test_uncond_rows_are_told_nothing(rows, checkpoint, collator):
+    processor = checkpoint.processor
     batch = collator(drop_all=1.0, drop_source=1.0)(rows)
     assert (batch["image_slot"] == -1).all() and (batch["source_slot"] == -1).all()
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"]):
@@ -90,10 +90,10 @@ def test_uncond_rows_are_told_nothing(rows, backbone, collator):
     assert (labels < K).all()
 
 
-def test_pictures_are_those_of_inference(photos, rows, backbone, collator):
+def test_pictures_are_those_of_inference(photos, rows, checkpoint, collator):
     pictures = [read_example(row).source for row in photos]
-    squares = [Letterbox(*p.size, backbone.processor.image_size).fit(p) for p in pictures]
-    assert torch.equal(collator()(rows)["pixel_values"], backbone.processor.pixel_values(squares))
+    squares = [Letterbox(*p.size, checkpoint.processor.image_size).fit(p) for p in pictures]
+    assert torch.equal(collator()(rows)["pixel_values"], checkpoint.processor.pixel_values(squares))
 
 
 def test_rows_without_pictures(rows, collator):
@@ -117,7 +117,7 @@ KEYS = [f"data[{i}]" for i in range(4000)]
 def test_shares(collator):
     drops = np.array([collator(0.1, 0.5).condition(key) for key in KEYS])
     assert np.mean(drops == UNCOND) == pytest.approx(0.1, abs=0.02)
-    assert np.mean(drops == PART) == pytest.approx(0.45, abs=0.03)
+    assert np.mean(drops == NO_SOURCE) == pytest.approx(0.45, abs=0.03)
     assert {collator().condition(key) for key in KEYS[:100]} == {FULL}
 
 
@@ -161,8 +161,8 @@ def test_collator_can_be_pickled(rows, collator):
     assert torch.equal(copy(rows)["labels"], collate(rows)["labels"])
 
 
-def test_the_model_takes_the_batch(rows, backbone, collator):
-    model = ClearEditModel(backbone.model, ClearConfig(K)).eval()
+def test_the_model_takes_the_batch(rows, checkpoint, collator):
+    model = InstructionModel(checkpoint.network, ClearConfig(K)).eval()
     collate = collator(0.3, 0.5, seed=3)
     with torch.no_grad():
         logits = model.teacher_forced_logits(**collate(rows))

@@ -7,14 +7,10 @@ from hypothesis import strategies as st
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from thinkclearly import jobs
-from thinkclearly.config import (
-    ClearArguments,
-    ClearTrainingArguments,
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-)
+from thinkclearly.data.options import DataArguments
 from thinkclearly.recipe import RecipeParser
+from thinkclearly.training.clear import ClearArguments
+from thinkclearly.training.options import LoraArguments, ModelArguments, RunArguments
 
 ROOMS = [ModelArguments, LoraArguments, DataArguments, ClearArguments, jobs.SettingOverrides]
 
@@ -58,7 +54,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(recipe):
 def test_scientific_notation_is_a_number(recipe):
     _, _, _, clear, _ = parse(recipe("clear_head_lr: 2e-4\nclear_weight: 1\n"))
     assert clear.clear_head_lr == 2e-4 and type(clear.clear_weight) is float
-    (training,) = parse(recipe("learning_rate: 2e-4"), kinds=[ClearTrainingArguments])
+    (training,) = parse(recipe("learning_rate: 2e-4"), kinds=[RunArguments])
     assert training.learning_rate == 2e-4
 
 
@@ -74,7 +70,7 @@ def test_booleans(recipe, text, value):
 def test_more_booleans(recipe, tmp_path):
     assert parse("--use_dora")[1].use_dora is True
     assert parse(recipe("use_dora: true"), "--use_dora", "false")[1].use_dora is False
-    options = {"kinds": [ClearTrainingArguments]}
+    options = {"kinds": [RunArguments]}
     assert parse("--prediction_loss_only", "false", **options)[0].prediction_loss_only is False
     assert parse("--no_prediction_loss_only", **options)[0].prediction_loss_only is False
     assert parse(recipe("prediction_loss_only: false"), **options)[0].prediction_loss_only is False
@@ -88,21 +84,21 @@ def test_lists(recipe):
     assert found == ["2", "red"], "words, even if they look like numbers"
     assert parse("--source", "magicbrush", "--include", "scarf", "blue")[2].include == ["scarf", "blue"]
     assert parse(recipe(source + "include: [scarf]"), "--include", "hat")[2].include == ["hat"]
-    options = {"kinds": [ClearTrainingArguments]}
+    options = {"kinds": [RunArguments]}
     assert parse(recipe("report_to: none"), **options)[0].report_to == []
     assert parse(recipe("report_to: [none]"), **options)[0].report_to == []
 
 
 def test_nothing_is_a_value_only_where_the_field_says_so(recipe, capsys):
     assert parse(recipe("limit: null\npath:\n"))[2].limit is None
-    (training,) = parse(recipe("save_total_limit: null"), kinds=[ClearTrainingArguments])
+    (training,) = parse(recipe("save_total_limit: null"), kinds=[RunArguments])
     assert training.save_total_limit is None
     assert "lora_r has no value" in error_of(capsys, recipe("lora_r:"))
 
 
 def test_mappings_reach_the_fields_that_take_them(recipe, capsys):
     text = "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr_rate: 0.15}\n"
-    (training,) = parse(recipe(text), kinds=[ClearTrainingArguments])
+    (training,) = parse(recipe(text), kinds=[RunArguments])
     assert training.lr_scheduler_kwargs == {"min_lr_rate": 0.15}
     assert "lora_r is {'a': 1}; expected one value" in error_of(capsys, recipe("lora_r: {a: 1}"))
 
@@ -212,12 +208,12 @@ def test_an_unreadable_recipe_is_an_error(tmp_path, capsys, name):
     ],
 )
 def test_training_arguments_are_checked(recipe, capsys, text, message):
-    assert message in error_of(capsys, recipe(text), kinds=[ClearTrainingArguments])
+    assert message in error_of(capsys, recipe(text), kinds=[RunArguments])
 
 
 def test_the_recipes_that_ship_are_valid(pytestconfig, monkeypatch):
     monkeypatch.chdir(pytestconfig.rootpath)
-    kinds = [ModelArguments, LoraArguments, DataArguments, ClearArguments, ClearTrainingArguments]
+    kinds = [ModelArguments, LoraArguments, DataArguments, ClearArguments, RunArguments]
     recipes = (pytestconfig.rootpath / "recipes").glob("*.yaml")
     for path in sorted(path for path in recipes if path.stem != "edit"):  # a job of its own; see test_cli
         model, *_, training, overrides = parse(
@@ -228,7 +224,7 @@ def test_the_recipes_that_ship_are_valid(pytestconfig, monkeypatch):
 
 def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("--help", kinds=[*ROOMS, ClearTrainingArguments])
+        parse("--help", kinds=[*ROOMS, RunArguments])
     assert stop.value.code == 0
     found = capsys.readouterr().out
     assert "--clear_weight" in found and "--learning_rate" in found and "--cfg_weight2" in found

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
+from thinkclearly.training.trainer import GateMeter, weighted_loss
 from tiny_runs import CODES, POSITIONS, batch_of, fresh, records
 
 from thinkclearly.instructions import gate_log_odds
-from thinkclearly.models import scores
-from thinkclearly.models.prompt import FULL, PART, UNCOND
-from thinkclearly.training.adapters import load_clear_model
-from thinkclearly.training.trainer import GateMeter, weighted_loss
+from thinkclearly.models import cross_entropy as scores
+from thinkclearly.models.finetunes import load_clear_model
+from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND
 
 TOLERANCE = 1e-4
 
@@ -69,7 +69,7 @@ def test_a_clear_label_feeds_the_source_back(golden, finetune):
 def test_a_left_padded_batch_gives_the_same_logits_as_one_by_one(golden, finetune, with_pictures):
     model, processor = finetune
     rows = records(golden, 3)
-    prompt = processor.edit_rows([row["instruction"] for row in rows], [FULL, PART, UNCOND])
+    prompt = processor.edit_rows([row["instruction"] for row in rows], [FULL, NO_SOURCE, UNCOND])
     assert not prompt.attention_mask.all(), "the prompts should differ in length"
     batch = {
         "source_tokens": torch.tensor([row["input_tokens"] for row in rows]),
@@ -79,7 +79,7 @@ def test_a_left_padded_batch_gives_the_same_logits_as_one_by_one(golden, finetun
         batch["pixel_values"] = torch.randn(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         together = model.teacher_forced_logits(**vars(prompt), **batch)
-        for i, condition in enumerate((FULL, PART, UNCOND)):
+        for i, condition in enumerate((FULL, NO_SOURCE, UNCOND)):
             alone = vars(processor.edit_rows([rows[i]["instruction"]], [condition]))
             one = model.teacher_forced_logits(**alone, **{key: value[i : i + 1] for key, value in batch.items()})
             torch.testing.assert_close(together[i : i + 1], one, atol=1e-5, rtol=1e-5)

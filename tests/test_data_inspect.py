@@ -10,22 +10,22 @@ from thinkclearly.data import sources
 from thinkclearly.data.inspect import MEANING, inspect_dataset
 from thinkclearly.data.jsonl import read_jsonl, write_jsonl
 from thinkclearly.data.prepare import prepare_dataset
-from thinkclearly.models.backbone import load_backbone
+from thinkclearly.models.load import load_checkpoint
 
 K, N = 128, 36
 FILES = ("statistics.json", "statistics.png", "examples.png")
 
 
 @pytest.fixture(scope="module")
-def backbone(golden):
-    return load_backbone(str(golden / "checkpoint"))
+def checkpoint(golden):
+    return load_checkpoint(str(golden / "checkpoint"))
 
 
 @pytest.fixture(scope="module")
-def prepared(backbone, tmp_path_factory):
+def prepared(checkpoint, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        return prepare_dataset(sources.shapes(6, 48, seed=3), backbone, tmp_path_factory.mktemp("prepared"))
+        return prepare_dataset(sources.shapes(6, 48, seed=3), checkpoint, tmp_path_factory.mktemp("prepared"))
 
 
 def table(source, target, difference, masks, clear):
@@ -57,8 +57,8 @@ def known(monkeypatch):
     return table(source, target, difference, [mask[0], mask[1], None], clear=target == 0)
 
 
-def test_known_numbers(known, backbone, tmp_path):
-    found = inspect_dataset(known, backbone, tmp_path)
+def test_known_numbers(known, checkpoint, tmp_path):
+    found = inspect_dataset(known, checkpoint, tmp_path)
     assert (found["records"], found["patches"], found["pixel_tolerance"]) == (3, N, 16)
     ratio = found["clear_ratio"]
     assert ratio["labels"] == ratio["tokens"]
@@ -77,14 +77,14 @@ def test_known_numbers(known, backbone, tmp_path):
     assert agreement["pixels"] == {"accuracy": 70 / 72, "precision": 27 / 29, "recall": 1.0, "iou": 27 / 29}
 
 
-def test_the_tolerance_counts(known, backbone, tmp_path):
-    found = inspect_dataset(known, backbone, tmp_path, pixel_tolerance=60)
+def test_the_tolerance_counts(known, checkpoint, tmp_path):
+    found = inspect_dataset(known, checkpoint, tmp_path, pixel_tolerance=60)
     assert found["outside_mask"]["tokens_differ_same_pixels"] == 9 / 45
     assert found["agreement_with_mask"]["pixels"]["precision"] == 1.0
 
 
-def test_files(prepared, backbone, tmp_path):
-    found = inspect_dataset(prepared, backbone, tmp_path / "new" / "folder", examples=3)
+def test_files(prepared, checkpoint, tmp_path):
+    found = inspect_dataset(prepared, checkpoint, tmp_path / "new" / "folder", examples=3)
     written = json.loads((tmp_path / "new/folder/statistics.json").read_text())
     assert written == found and written["meaning"] == MEANING
     assert sorted(path.name for path in (tmp_path / "new/folder").iterdir()) == sorted(FILES)
@@ -95,57 +95,57 @@ def test_files(prepared, backbone, tmp_path):
     assert found["clear_ratio"]["labels"] == found["clear_ratio"]["pixels"] != found["clear_ratio"]["tokens"]
 
 
-def test_every_statistic_has_a_meaning(known, backbone, tmp_path):
-    found = inspect_dataset(known, backbone, tmp_path)
+def test_every_statistic_has_a_meaning(known, checkpoint, tmp_path):
+    found = inspect_dataset(known, checkpoint, tmp_path)
     assert set(MEANING) >= {"clear_ratio", "mask_coverage", "agreement_with_mask"}
     assert {f"outside_mask.{name}" for name in found["outside_mask"]} <= set(MEANING)
 
 
-def test_examples_follow_the_seed(prepared, backbone, tmp_path):
+def test_examples_follow_the_seed(prepared, checkpoint, tmp_path):
     pictures = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        inspect_dataset(prepared, backbone, tmp_path / name, examples=2, seed=seed)
+        inspect_dataset(prepared, checkpoint, tmp_path / name, examples=2, seed=seed)
         pictures.append(np.asarray(Image.open(tmp_path / name / "examples.png")))
     assert np.array_equal(pictures[0], pictures[1])
     assert pictures[0].shape != pictures[2].shape or not np.array_equal(pictures[0], pictures[2])
 
 
-def test_jsonl_data(prepared, backbone, tmp_path):
+def test_jsonl_data(prepared, checkpoint, tmp_path):
     write_jsonl(prepared, tmp_path / "data.jsonl", K)
     dataset, _ = read_jsonl(tmp_path / "data.jsonl", K, N)
-    found = inspect_dataset(dataset, backbone, tmp_path, examples=20)
+    found = inspect_dataset(dataset, checkpoint, tmp_path, examples=20)
     assert list(found["clear_ratio"]) == ["labels"]
     assert "mask_coverage" not in found and "outside_mask" not in found
     assert found["clear_ratio"]["labels"]["mean"] > 0.3
     assert all((tmp_path / name).is_file() for name in FILES)
 
 
-def test_without_masks(prepared, backbone, tmp_path):
+def test_without_masks(prepared, checkpoint, tmp_path):
     nowhere = prepared.remove_columns("mask_tokens").add_column("mask_tokens", [None] * len(prepared))
-    found = inspect_dataset(nowhere.cast(prepared.features), backbone, tmp_path)
+    found = inspect_dataset(nowhere.cast(prepared.features), checkpoint, tmp_path)
     assert list(found["clear_ratio"]) == ["labels", "tokens", "pixels"] and "outside_mask" not in found
 
 
-def test_all_edited(backbone, tmp_path):
+def test_all_edited(checkpoint, tmp_path):
     ones = np.ones((2, N), int)
-    found = inspect_dataset(table(ones, ones, ones * 0, list(ones > 0), clear=ones > 0), backbone, tmp_path)
+    found = inspect_dataset(table(ones, ones, ones * 0, list(ones > 0), clear=ones > 0), checkpoint, tmp_path)
     assert set(found["outside_mask"].values()) == {None}  # there is no outside
     assert found["agreement_with_mask"]["tokens"] == {"accuracy": 0.0, "precision": None, "recall": 0.0, "iou": 0.0}
 
 
-def test_a_selection_is_measured_as_it_is(prepared, backbone, tmp_path):
+def test_a_selection_is_measured_as_it_is(prepared, checkpoint, tmp_path):
     part = prepared.select([4, 1])
-    found = inspect_dataset(part, backbone, tmp_path, examples=0)
+    found = inspect_dataset(part, checkpoint, tmp_path, examples=0)
     labels = np.asarray(part["output_tokens"][:])
     assert found["records"] == 2
     assert found["clear_ratio"]["labels"]["mean"] == pytest.approx((labels == K).mean())
     assert not (tmp_path / "examples.png").exists()
 
 
-def test_the_sheet_shows_the_codes(prepared, backbone, tmp_path, monkeypatch):
+def test_the_sheet_shows_the_codes(prepared, checkpoint, tmp_path, monkeypatch):
     shown = []
     decode = lambda janus, tokens: shown.append(tokens) or torch.zeros(len(tokens), 3, 96, 96)  # noqa: E731
     monkeypatch.setattr("thinkclearly.data.inspect.decode_tokens", decode)
-    inspect_dataset(prepared.select([0]), backbone, tmp_path)
+    inspect_dataset(prepared.select([0]), checkpoint, tmp_path)
     row = prepared[0]
     assert shown[0].tolist() == [row["input_tokens"], row["target_tokens"]]

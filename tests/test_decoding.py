@@ -13,9 +13,8 @@ from torch.nn.functional import pad
 from thinkclearly.decoding.cache import masked_attention
 from thinkclearly.decoding.engine import GROWTH, MAX_BLOCK, MIN_BLOCK, decode
 from thinkclearly.decoding.settings import DecodeSettings
-from thinkclearly.models.backbone import embed_prompt, image_features
-from thinkclearly.models.prompt import FULL, PART, UNCOND
-from thinkclearly.training.adapters import load_base, load_clear_model
+from thinkclearly.models.finetunes import load_base, load_clear_model
+from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND
 
 TOLERANCE = 1e-4
 
@@ -34,10 +33,10 @@ def edit_rows(pair, expected, prompts, name, conditions):
     model, processor = pair
     instruction = prompts["instructions"][name]
     rows = processor.edit_rows([instruction] * len(conditions), conditions)
-    features = image_features(model.base, expected[f"{name}.pixel_values"][None])
+    features = model.token_model.see(expected[f"{name}.pixel_values"][None])
     source = expected[f"{name}.image_tokens"][None]
     count = len(conditions)
-    embeds = embed_prompt(model.base, rows, features.expand(count, -1, -1), source.expand(count, -1))
+    embeds = model.token_model.embed_prompt(rows, features.expand(count, -1, -1), source.expand(count, -1))
     return rows, embeds, source
 
 
@@ -53,7 +52,7 @@ def test_prompts_are_the_reference_ids(base, expected, prompts):
 @pytest.mark.golden
 def test_three_row_edit_matches_the_reference(base, expected, prompts):
     for name in pictures_of(expected):
-        rows, embeds, _ = edit_rows(base, expected, prompts, name, [FULL, PART, UNCOND])
+        rows, embeds, _ = edit_rows(base, expected, prompts, name, [FULL, NO_SOURCE, UNCOND])
         decoded = decode(
             base[0],
             embeds,
@@ -75,7 +74,7 @@ def test_three_row_edit_matches_the_reference(base, expected, prompts):
 def test_blocks_are_masked_whatever_attention_the_model_was_loaded_with(golden, expected, prompts, implementation):
     pair = load_base(str(golden / "checkpoint"), attn_implementation=implementation)
     name = pictures_of(expected)[0]
-    rows, embeds, source = edit_rows(pair, expected, prompts, name, [FULL, PART, UNCOND])
+    rows, embeds, source = edit_rows(pair, expected, prompts, name, [FULL, NO_SOURCE, UNCOND])
     settings = DecodeSettings(temperature=0, block=6)
     decoded = decode(
         pair[0],
@@ -87,7 +86,7 @@ def test_blocks_are_masked_whatever_attention_the_model_was_loaded_with(golden, 
         samples=[(0, 0)],
     )
     assert decoded.codes[0].tolist() == expected[f"{name}.edit.greedy_tokens"].tolist()
-    assert pair[0].base.model.language_model.config._attn_implementation == implementation
+    assert pair[0].token_model.language_model.config._attn_implementation == implementation
 
 
 @pytest.mark.golden
@@ -98,7 +97,7 @@ def test_text_to_image_matches_the_reference(base, expected, prompts):
         assert rows.input_ids[0].tolist() == expected[f"{key}.input_ids"].tolist()
         decoded = decode(
             base[0],
-            embed_prompt(base[0].base, rows),
+            base[0].token_model.embed_prompt(rows),
             rows.attention_mask,
             base[1].num_image_tokens,
             DecodeSettings(temperature=0),
@@ -111,7 +110,7 @@ def test_text_to_image_matches_the_reference(base, expected, prompts):
 @pytest.mark.parametrize("mode", ["one_row", "guided"])
 def test_original_finetune_decodes_as_the_original_did(golden, finetune, expected, expected_finetune, prompts, mode):
     settings = json.loads((golden / "finetune_settings.json").read_text())[mode]
-    conditions = [FULL, PART, UNCOND] if mode == "guided" else [FULL]
+    conditions = [FULL, NO_SOURCE, UNCOND] if mode == "guided" else [FULL]
     for name in pictures_of(expected):
         rows, embeds, source = edit_rows(finetune, expected, prompts, name, conditions)
         decoded = decode(
@@ -143,7 +142,7 @@ def edits(finetune, expected, prompts):
         mask = torch.cat([pad(r.attention_mask, (n, 0)) for (r, _, _), n in zip(rows, pads)])
         return embeds, mask, torch.cat([source for _, _, source in rows])
 
-    return {count: embedded([FULL, PART, UNCOND][:count]) for count in (1, 3)}
+    return {count: embedded([FULL, NO_SOURCE, UNCOND][:count]) for count in (1, 3)}
 
 
 def decoded_in_blocks(pair, rows, settings, block, seed=0, copy=True):
@@ -231,7 +230,7 @@ def test_without_copying_blocks_change_nothing_either(base, edits):
 
 def test_two_threads_share_a_models_attention_and_leave_it_as_it_was(golden):
     pair = load_base(str(golden / "checkpoint"), attn_implementation="eager")
-    language_model, seen = pair[0].base.model.language_model, []
+    language_model, seen = pair[0].token_model.language_model, []
     first_is_in, second_is_in = threading.Event(), threading.Event()
 
     def first():
@@ -266,7 +265,7 @@ def test_a_compiled_language_model_gives_the_same_tokens(golden, edits):
     settings = replace(settings, clear_bias=-between(gate))
     plain = [decoded_in_blocks(pair, edits[3], settings, block) for block in (0, 5)]
     torch._dynamo.reset()
-    pair[0].base.model.language_model.compile(dynamic=True)
+    pair[0].token_model.language_model.compile(dynamic=True)
     for block, expected in zip((0, 5), plain):
         found = decoded_in_blocks(pair, edits[3], settings, block)
         assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.ids, expected.ids)

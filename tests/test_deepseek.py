@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
-from thinkclearly.models import deepseek
-from thinkclearly.models.checkpoint import export_deepseek, from_deepseek, load_janus
+from thinkclearly.models.janus import deepseek
+from thinkclearly.models.janus.checkpoint import export_deepseek, from_deepseek, load_janus
 
 pytestmark = pytest.mark.golden
 TOLERANCE = {"rtol": 0, "atol": 1e-4}

@@ -5,9 +5,9 @@ from accelerate import dispatch_model
 from pretended_devices import pretended_devices
 
 from thinkclearly.editing.editor import Editor
-from thinkclearly.models.backbone import base_hash, load_backbone
-from thinkclearly.models.checkpoint import load_janus
-from thinkclearly.training.adapters import load_base, load_clear_model
+from thinkclearly.models.finetunes import load_base, load_clear_model
+from thinkclearly.models.janus.checkpoint import load_janus
+from thinkclearly.models.load import load_checkpoint
 
 HOME = "vision_model aligner generation_embeddings language_model.embed_tokens language_model.layers.0".split()
 AWAY = "vqmodel generation_aligner generation_head language_model.norm".split()
@@ -30,9 +30,9 @@ def layers_of(janus):
 @pytest.fixture
 def native(golden, tmp_path):
     """The golden base in transformers' layout."""
-    backbone = load_backbone(golden / "checkpoint")
-    backbone.model.save_pretrained(tmp_path)
-    backbone.processor.save_pretrained(tmp_path)
+    checkpoint = load_checkpoint(golden / "checkpoint")
+    checkpoint.network.save_pretrained(tmp_path)
+    checkpoint.processor.save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -69,7 +69,7 @@ def test_layers_may_lie_on_disk(native, golden):
     parts = {name: "disk" if ".layers." in name or name == "lm_head" else device for name, device in parts.items()}
     model, processor = load_base(native, device_map=parts)
     assert any(p.is_meta for p in model.base.parameters())
-    assert base_hash(model.base) == base_hash(load_janus(native))
+    assert model.token_model.base_fingerprint() == base_hash(load_janus(native))
     assert everything(Editor(model, processor), golden) == expected
 
 

@@ -18,7 +18,7 @@ from thinkclearly.editing import batch
 from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.settings import EditSettings
 from thinkclearly.images import load_image
-from thinkclearly.training.adapters import load_clear_model
+from thinkclearly.models.finetunes import load_clear_model
 
 WORDS = "Make it blue."
 

@@ -24,7 +24,7 @@ from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.session import EditSession
 from thinkclearly.editing.settings import EditSettings
 from thinkclearly.images import Letterbox, load_image, load_photo
-from thinkclearly.training.adapters import load_base, load_clear_model
+from thinkclearly.models.finetunes import load_base, load_clear_model
 
 pytestmark = pytest.mark.golden
 INSTRUCTIONS = ["Make the red circle blue.", "Night.", "Remove the green square from the table and nothing else."]
@@ -406,7 +406,7 @@ def test_two_threads_edit_with_one_model(golden, pictures, bias):
         assert all(torch.equal(job.result().ids, ids) for job, ids in zip(editing, edits, strict=True))
         assert [job.result() for job in asking] == answers
     assert torch.equal(torch.get_rng_state(), state)
-    assert editor.model.base.model.language_model.config._attn_implementation == "eager"
+    assert editor.model.token_model.language_model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.0, True, None, "1"], ids=str)
@@ -430,7 +430,7 @@ def test_a_seed_that_cannot_key_noise_is_refused_wherever_one_enters(editor, pic
 def widths(editor):
     """Rows of the batch in each pass of the language model."""
     found = []
-    hook = editor.model.base.model.language_model.register_forward_pre_hook(
+    hook = editor.model.token_model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: found.append(kwargs["inputs_embeds"].shape[0]), with_kwargs=True
     )
     yield found

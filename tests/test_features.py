@@ -12,7 +12,7 @@ from tiny_runs import fresh, history, make_trainer, records, trained
 
 from thinkclearly import cli
 from thinkclearly.data import features
-from thinkclearly.data.collator import EditCollator
+from thinkclearly.data.collator import Collator
 from thinkclearly.data.sources import BadRecord
 
 COLUMNS = {"key": Value("string"), "instruction": Value("string"), "source": Image(decode=False)}
@@ -55,13 +55,13 @@ def test_losses_and_weights_are_those_without_the_cache(golden, cached, tmp_path
 
 def test_batches_hold_what_the_tower_gives(cached):
     (model, processor), rows, cache = cached
-    collate = EditCollator(processor, model.vocabulary)
+    collate = Collator(processor, model.vocabulary)
     plain = collate(rows.to_list())
     collate.features = pickle.loads(pickle.dumps(cache))
     batch = collate(rows.to_list())
     assert "pixel_values" not in batch
     with torch.no_grad():
-        expected = features.tower_features(model.base, plain["pixel_values"])
+        expected = features.model.token_model.see(plain["pixel_values"])
         torch.testing.assert_close(batch["features"], expected, atol=1e-5, rtol=1e-5)
         same = plain | {"features": expected}  # one by one: bit for bit
         assert torch.equal(model(**same).nll, model(**plain).nll)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from thinkclearly.editing.editor import Editor
-from thinkclearly.models.clear_head import head_digest
+from thinkclearly.models.finetunes import load_clear_model
 from thinkclearly.models.fingerprint import fingerprint
-from thinkclearly.training.adapters import load_clear_model
+from thinkclearly.models.instruction_head import head_digest
 
 pytestmark = pytest.mark.golden
 

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from thinkclearly.data.sources import BadRecord, folder, read_example, sharegpt4o
 from thinkclearly.images import ImageError, load_image
-from thinkclearly.models.backbone import base_hash, codebook_hash, load_backbone
-from thinkclearly.models.checkpoint import load_janus
-from thinkclearly.models.clear_head import ClearConfig, read_clear_config
-from thinkclearly.models.original_finetune import read_original_finetune
-from thinkclearly.training.adapters import add_lora, load_clear_model
+from thinkclearly.models.finetunes import load_clear_model
+from thinkclearly.models.instruction_head import ClearConfig, read_clear_config
+from thinkclearly.models.janus.checkpoint import load_janus
+from thinkclearly.models.janus.original_finetune import read_original_finetune
+from thinkclearly.models.load import load_checkpoint
+from thinkclearly.training.adapters import add_lora
 
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -37,11 +38,14 @@ def originals(golden, tmp_path_factory):
     root = tmp_path_factory.mktemp("originals")
     shutil.copytree(golden / "checkpoint", root / "deepseek")
     shutil.copytree(golden / "finetune", root / "original_finetune")
-    backbone = load_backbone(golden / "checkpoint")
-    backbone.model.save_pretrained(root / "native")
-    backbone.processor.save_pretrained(root / "native")
-    names = {"codebook_hash": codebook_hash(backbone.model), "base_hash": base_hash(backbone.model)}
-    model = add_lora(backbone, str(golden / "checkpoint"), ClearConfig(128, **names), r=4)
+    checkpoint = load_checkpoint(golden / "checkpoint")
+    checkpoint.network.save_pretrained(root / "native")
+    checkpoint.processor.save_pretrained(root / "native")
+    names = {
+        "codebook_hash": checkpoint.token_model.codebook_fingerprint(),
+        "base_hash": checkpoint.token_model.base_fingerprint(),
+    }
+    model = add_lora(checkpoint, str(golden / "checkpoint"), ClearConfig(128, **names), r=4)
     model.save_pretrained(root / "finetune")
     return root
 
@@ -164,7 +168,7 @@ def test_an_adapter_on_a_base_of_the_same_shape_is_refused(copy, changed, messag
 
 
 def test_a_base_is_the_same_in_half_precision(originals):
-    whole, half = (load_backbone(originals / "deepseek", dtype=t).model for t in (torch.float32, torch.bfloat16))
+    whole, half = (load_checkpoint(originals / "deepseek", dtype=t).model for t in (torch.float32, torch.bfloat16))
     assert base_hash(whole) == base_hash(half)
     load_clear_model(originals / "finetune", dtype=torch.float16)  # rounds otherwise, and is not compared
 
@@ -215,7 +219,7 @@ def test_a_processor_for_other_pictures_is_refused(copy, name, changes):
     directory = copy("deepseek")
     edit_json(directory / name, **changes)
     with pytest.raises(ValueError, match="the model has 96 and 36"):
-        load_backbone(directory)
+        load_checkpoint(directory)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +319,7 @@ def test_processor_files_are_read_as_strictly(copy):
     path = copy("deepseek") / "preprocessor_config.json"
     edit_json(path, Image_mean=[0, 0, 0])
     with pytest.raises(ValueError, match="preprocessor_config.json has 'image_mean' and 'Image_mean'"):
-        load_backbone(path.parent)
+        load_checkpoint(path.parent)
 
 
 VALUES = st.recursive(

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from thinkclearly.models.backbone import _full_precision
+from thinkclearly.models.checkpoint import _full_precision
 
 
 @pytest.mark.parametrize("before", ["tf32", "ieee"])

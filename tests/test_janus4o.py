@@ -16,7 +16,7 @@ from thinkclearly.models.instruction_head import ClearConfig, InstructionModel
 from thinkclearly.models.janus.deepseek import deepseek_key
 from thinkclearly.models.load import load_checkpoint
 from thinkclearly.models.protocol import PromptBatch
-from thinkclearly.sequence import Known, Row, Words, named_row
+from thinkclearly.sequence import Known, Row, named_row
 
 ROOT = GOLDEN_ROOT / "janus4o_sft_tiny"
 pytestmark = [pytest.mark.golden, pytest.mark.skipif(not ROOT.is_dir(), reason=f"{GOLDEN_ROOT} has no such set")]
@@ -166,9 +166,7 @@ def test_one_record_at_a_time_gives_the_scripts_losses(checkpoint, records, valu
 
 def schedule(optimizer, warmup, total):
     options = {"num_warmup_steps": warmup, "num_training_steps": total}
-    return get_scheduler(
-        "cosine_with_min_lr", optimizer, **options, scheduler_specific_kwargs={"min_lr_rate": 0.15}
-    )
+    return get_scheduler("cosine_with_min_lr", optimizer, **options, scheduler_specific_kwargs={"min_lr_rate": 0.15})
 
 
 def test_the_schedule_is_transformers_own_cosine_with_a_floor(values):

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from thinkclearly import cli, jobs
-from thinkclearly.config import LoraArguments, ModelArguments
-from thinkclearly.models.backbone import Backbone, load_backbone
-from thinkclearly.models.clear_head import ClearConfig
-from thinkclearly.models.empty import empty_janus
+from thinkclearly.models.instruction_head import ClearConfig
+from thinkclearly.models.janus.meta import empty_janus
+from thinkclearly.models.load import Checkpoint, load_checkpoint
 from thinkclearly.training import memory
+from thinkclearly.training.options import LoraArguments, ModelArguments
 
 
 @pytest.fixture(params=["golden", "tiny"])
@@ -19,20 +19,20 @@ def base(request, golden):
     return "tiny" if request.param == "tiny" else str(golden / "checkpoint")
 
 
-def build(base, backbone, **lora):
-    config = ClearConfig(backbone.model.config.vq_config.num_embeddings)
-    return jobs.build_model(ModelArguments(base), LoraArguments(lora_dropout=0.0, **lora), backbone, config)
+def build(base, checkpoint, **lora):
+    config = ClearConfig(checkpoint.token_model.codebook_size)
+    return jobs.build_model(ModelArguments(base), LoraArguments(lora_dropout=0.0, **lora), checkpoint, config)
 
 
 def empty(base, **lora):
     with torch.device("meta"):
-        return build(base, Backbone(empty_janus(base), None), **lora)
+        return build(base, Checkpoint(empty_janus(base), None), **lora)
 
 
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
 def test_parameters_are_those_of_the_real_model(base, rank):
     model = empty(base, lora_r=rank)
-    real = build(base, load_backbone(base), lora_r=rank)
+    real = build(base, load_checkpoint(base), lora_r=rank)
     sizes = {name: (p.shape, p.requires_grad) for name, p in real.named_parameters()}
     assert sizes == {name: (p.shape, p.requires_grad) for name, p in model.named_parameters()}
     parts = {part.name: part for part in memory.weights(model, torch.float32)}
@@ -50,8 +50,8 @@ def test_parameters_are_those_of_the_real_model(base, rank):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bf16"])
 def test_activations_are_what_autograd_keeps(golden, autocast):
     base = str(golden / "checkpoint")
-    backbone = load_backbone(base)
-    model, n = build(base, backbone, lora_r=4).train(), backbone.processor.num_image_tokens
+    checkpoint = load_checkpoint(base)
+    model, n = build(base, checkpoint, lora_r=4).train(), checkpoint.processor.num_image_tokens
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -82,7 +82,7 @@ def test_a_config_of_deepseek_alone_is_enough(tmp_path):
 
 
 def test_a_dry_run_prints_a_table_and_touches_nothing(base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(jobs, "load_backbone", None)
+    monkeypatch.setattr(jobs, "load_checkpoint", None)
     argv = ["--base_model", base, "--dry_run", "true", "--load_in_4bit", "true", "--optim", "paged_adamw_8bit"]
     cli.main(["train", *argv, "--output_dir", str(tmp_path / "out"), "--activation_checkpointing", "true"])
     page = capsys.readouterr().out

@@ -9,8 +9,12 @@ import torch
 from janus_reference import adapted
 from safetensors.torch import load_file, save_file
 
-from thinkclearly.models.checkpoint import load_janus
-from thinkclearly.models.original_finetune import check_original_base, is_original_finetune, read_original_finetune
+from thinkclearly.models.janus.checkpoint import load_janus
+from thinkclearly.models.janus.original_finetune import (
+    check_original_base,
+    is_original_finetune,
+    read_original_finetune,
+)
 
 pytestmark = pytest.mark.golden
 

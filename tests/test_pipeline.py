@@ -35,7 +35,7 @@ def finetune(golden, tmp_path_factory):
     editor = thinkclearly.load_editor(golden / "finetune", base=golden / "checkpoint")
     gate = editor.edit(golden / "images" / "square.png", PROMPTS[0], temperature=0).gate
     editor.model.clear_config.edit = {"clear_bias": -gate.median().item()}
-    editor.model.janus.peft_config["default"].base_model_name_or_path = str(golden / "checkpoint")
+    editor.model.network.peft_config["default"].base_model_name_or_path = str(golden / "checkpoint")
     directory = tmp_path_factory.mktemp("finetune")
     editor.model.save_pretrained(directory)
     editor.processor.save_pretrained(directory)
@@ -226,12 +226,12 @@ def test_a_bad_item_is_named(edit, names, tmp_path):
 def test_what_it_saves_it_reads(edit, names, tmp_path):
     edit.save_pretrained(tmp_path)
     again = pipeline("clear-edit", model=str(tmp_path), device="cpu")
-    assert "ClearEditModel" in repr(again)
+    assert "InstructionModel" in repr(again)
     assert tokens([again(names[0], prompt="Night.")]) == tokens([edit(names[0], prompt="Night.")])
 
 
 def test_a_model_that_cannot_edit_is_refused(edit):
     from thinkclearly.hub.pipeline import ClearEditPipeline
 
-    with pytest.raises(TypeError, match="ClearEditModel with processor="):
+    with pytest.raises(TypeError, match="InstructionModel with processor="):
         ClearEditPipeline(edit.model.base)

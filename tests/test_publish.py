@@ -16,19 +16,21 @@ import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
+from thinkclearly.jobs import TRAIN_OPTIONS, train
 from tiny_runs import make_trainer, records
 
 from thinkclearly import load_editor
-from thinkclearly.config import _NOT_SHARED, effective_recipe
 from thinkclearly.data import sources
-from thinkclearly.data.prepare import load_encoded, prepare_dataset
+from thinkclearly.data.encode import load_encoded
+from thinkclearly.data.prepare import prepare_dataset
 from thinkclearly.files import write_text
 from thinkclearly.hub.publish import check_publishable, push, staged, staged_checkpoint
-from thinkclearly.jobs import TRAIN_OPTIONS, train
-from thinkclearly.models.backbone import base_hash, codebook_hash, load_backbone
-from thinkclearly.models.clear_head import ClearConfig
+from thinkclearly.models.finetunes import load_clear_model
+from thinkclearly.models.instruction_head import ClearConfig
+from thinkclearly.models.load import load_checkpoint
 from thinkclearly.recipe import LEFT_OUT, RecipeParser
-from thinkclearly.training.adapters import add_lora, load_clear_model
+from thinkclearly.training.adapters import add_lora
+from thinkclearly.training.options import _NOT_SHARED, effective_recipe
 
 BIN = Path(sys.executable).parent
 INSTRUCTION = "Make the red circle blue."
@@ -50,17 +52,20 @@ def finetune(golden, tmp_path_factory):
     """What training leaves, with a gate that copies some patches and paints others."""
     directory = tmp_path_factory.mktemp("run") / "checkpoint"
     torch.manual_seed(0)
-    backbone = load_backbone(golden / "checkpoint")
-    hashes = {"codebook_hash": codebook_hash(backbone.model), "base_hash": base_hash(backbone.model)}
+    checkpoint = load_checkpoint(golden / "checkpoint")
+    hashes = {
+        "codebook_hash": checkpoint.token_model.codebook_fingerprint(),
+        "base_hash": checkpoint.token_model.base_fingerprint(),
+    }
     config = ClearConfig(128, clear_weight=0.3, gate_bias=0.7, **hashes)
-    model = add_lora(backbone, str(golden / "checkpoint"), config, r=4, lora_alpha=8)
+    model = add_lora(checkpoint, str(golden / "checkpoint"), config, r=4, lora_alpha=8)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or name == "clear_head.weight":
                 parameter.normal_(std=0.05)
     for _ in range(2):
         model.save_pretrained(directory)
-        backbone.processor.save_pretrained(directory)
+        checkpoint.processor.save_pretrained(directory)
         gate = landscape(golden, directory).gate
         model.clear_head.bias.data -= gate.median()
     for name in JUNK:
@@ -375,9 +380,9 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file
 from thinkclearly import load_editor
-from thinkclearly.data.prepare import load_encoded
+from thinkclearly.data.encode import load_encoded
 from thinkclearly.hub.publish import is_public, pull_dataset, push, upload
-from thinkclearly.models.backbone import load_backbone
+from thinkclearly.models.load import load_checkpoint
 
 finetune, base, prepared, photo, instruction = sys.argv[1:]
 api, options = HfApi(), {"base_model_id": "you/base"}
@@ -394,10 +399,10 @@ push(finetune, "you/edit", revision="pt", pt=True, **options)
 api.create_tag("you/edit", tag="v1")
 request = push(finetune, "you/edit", create_pr=True, license="mit", **options)
 refs = api.list_repo_refs("you/edit")
-backbone = load_backbone("you/base")
+checkpoint = load_checkpoint("you/base")
 push(prepared, "you/data")
-encoded = load_encoded(pull_dataset("you/data"), backbone)
-adapter = PeftModel.from_pretrained(backbone.model, "you/edit").state_dict()
+encoded = load_encoded(pull_dataset("you/data"), checkpoint)
+adapter = PeftModel.from_pretrained(checkpoint.network, "you/edit").state_dict()
 saved = load_file(f"{finetune}/adapter_model.safetensors")
 
 # Another kind of push over an earlier one.
@@ -418,8 +423,8 @@ push(prepared, "you/secret", private=True)
 print(json.dumps({
     "files before": once,
     "files after": api.list_repo_files("you/again"),
-    "merged": [type(merged.model.janus).__name__, merged.edit(photo, instruction, seed=3).ids.tolist()],
-    "replaced": load_encoded(pull_dataset("you/replaced"), backbone)["key"][:],
+    "merged": [type(merged.model.network).__name__, merged.edit(photo, instruction, seed=3).ids.tolist()],
+    "replaced": load_encoded(pull_dataset("you/replaced"), checkpoint)["key"][:],
     "commits of data": len(api.list_repo_commits("you/replaced", repo_type="dataset")),
     "public": [is_public({"source": "prepared", "path": f"you/{name}"}) for name in ("data", "secret", "nothing")],
     "files": {name: api.list_repo_files("you/edit", revision=name) for name in ("main", "pt")},
@@ -447,7 +452,7 @@ def prepared(golden, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         folder = tmp_path_factory.mktemp("prepared")
-        prepare_dataset(sources.shapes(6, 48, seed=3), load_backbone(golden / "checkpoint"), folder)
+        prepare_dataset(sources.shapes(6, 48, seed=3), load_checkpoint(golden / "checkpoint"), folder)
     (folder,) = folder.iterdir()
     info = json.loads((folder / "preparation.json").read_text())
     (folder / "preparation.json").write_text(json.dumps(info | {"skipped": ["/home/me/a.png: no picture"]}))
@@ -478,7 +483,7 @@ def test_what_was_pushed_is_listed_downloaded_and_used(golden, finetune, prepare
 
 def test_tokenized_data_comes_back_and_names_no_file_of_this_machine(golden, prepared, shared):
     hub, seen = shared
-    encoded = load_encoded(prepared, load_backbone(golden / "checkpoint"))
+    encoded = load_encoded(prepared, load_checkpoint(golden / "checkpoint"))
     assert seen["data"] == [list(encoded[name]) for name in ("key", "target_tokens")]
     files = hub.files("you/data", kind="datasets")
     assert not [name for name, content in files.items() if b"/home/me" in content]
@@ -496,7 +501,7 @@ def test_a_push_replaces_what_an_earlier_one_left_and_nothing_else(golden, finet
 
 def test_data_pushed_over_other_data_replaces_it_in_one_commit(golden, prepared, shared):
     hub, seen = shared
-    assert seen["replaced"] == list(load_encoded(prepared, load_backbone(golden / "checkpoint"))["key"])
+    assert seen["replaced"] == list(load_encoded(prepared, load_checkpoint(golden / "checkpoint"))["key"])
     assert {name.split("/")[0] for name in hub.files("you/replaced", kind="datasets")} == {
         *(".gitattributes", "README.md", "preparation.json", "shard-00000-of-00001")
     }

@@ -8,10 +8,11 @@ import torch
 
 pytest.importorskip("bitsandbytes")
 
+from thinkclearly.models.checkpoint import encode_tokens, image_features, load_checkpoint  # noqa: E402
+
 from thinkclearly import cli, load_editor  # noqa: E402
 from thinkclearly.data.shapes import packaged_photos, random_edit  # noqa: E402
 from thinkclearly.images import Letterbox  # noqa: E402
-from thinkclearly.models.backbone import encode_tokens, image_features, load_backbone  # noqa: E402
 from thinkclearly.models.quantization import quantization  # noqa: E402
 from thinkclearly.training.adapters import (
     TINY_CLEAR,  # noqa: E402
@@ -25,12 +26,12 @@ def layers_below(model, kind):
 
 @pytest.mark.parametrize("bits, kind", [(8, "Linear8bitLt"), (4, "Linear4bit")])
 def test_towers_and_heads_stay_what_they_were(bits, kind):
-    plain, config = load_backbone("tiny").model, quantization(bits, torch.float32)
-    model = load_backbone("tiny", quantization_config=config, device="cpu").model
+    plain, config = load_checkpoint("tiny").model, quantization(bits, torch.float32)
+    model = load_checkpoint("tiny", quantization_config=config, device="cpu").model
     assert config.llm_int8_skip_modules is None, "the caller's own stays as it was"
     linear = {name for name in layers_below(plain, "Linear") if "language_model.layers" in name}
     assert layers_below(model, kind) == linear and linear
-    by_dict = load_backbone("tiny", quantization_config={f"load_in_{bits}bit": True}).model
+    by_dict = load_checkpoint("tiny", quantization_config={f"load_in_{bits}bit": True}).model
     assert layers_below(by_dict, kind) == linear
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.equal(encode_tokens(model, pixels), encode_tokens(plain, pixels))
@@ -66,7 +67,7 @@ def test_qlora_trains_and_its_adapter_loads_in_either_precision(tmp_path):
     rows = processor.generate_rows(["a red circle"], [0])
     embeds = [model.base.get_input_embeddings()(rows.input_ids) for model in (plain, small)]
     hidden = [
-        model.base.model.language_model(inputs_embeds=e).last_hidden_state[:, -1]
+        model.token_model.language_model(inputs_embeds=e).last_hidden_state[:, -1]
         for model, e in zip((plain, small), embeds)
     ]
     assert torch.cosine_similarity(*hidden).item() > 0.95

@@ -4,15 +4,15 @@ import pytest
 from datasets import Dataset
 
 from thinkclearly import jobs
-from thinkclearly.config import ClearTrainingArguments
 from thinkclearly.editing.settings import given
 from thinkclearly.recipe import RecipeParser
+from thinkclearly.training.options import RunArguments
 from thinkclearly.training.runs import MAY_CHANGE, RUN_FILE, check_unchanged, data_fingerprint, describe_run, read_run
 
 
 def run_of(*argv):
     *parts, training, overrides = RecipeParser(jobs.TRAIN_OPTIONS).parse(list(argv))
-    assert isinstance(training, ClearTrainingArguments)
+    assert isinstance(training, RunArguments)
     return describe_run(training, parts, given(overrides))
 
 

@@ -14,7 +14,7 @@ from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.session import SESSION_FILE, EditSession
 from thinkclearly.hub.pipeline import DEFAULT_MODEL
 from thinkclearly.images import load_photo
-from thinkclearly.training.adapters import load_clear_model
+from thinkclearly.models.finetunes import load_clear_model
 
 WORDS = ["Make the blue star red.", "add a white circle at the top left", "remove the black square"]
 SAMPLED = {"temperature": 1.0}  # so that the seed tells

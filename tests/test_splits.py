@@ -11,14 +11,15 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from random_photos import photo
 
-from thinkclearly.config import DataArguments
 from thinkclearly.data import prepare, sources
+from thinkclearly.data.encode import INFO_FILE
 from thinkclearly.data.jsonl import write_jsonl
-from thinkclearly.data.prepare import INFO_FILE, prepare_dataset
+from thinkclearly.data.options import DataArguments
+from thinkclearly.data.prepare import prepare_dataset
 from thinkclearly.data.sources import EditExample, write_folder
+from thinkclearly.data.splits import PARTS, build_data, held_out_counts, read_rows
 from thinkclearly.images import load_image
-from thinkclearly.models.backbone import load_backbone
-from thinkclearly.splits import PARTS, build_data, held_out_counts, read_rows
+from thinkclearly.models.load import load_checkpoint
 
 SESSIONS, TURNS = 8, 3
 HELD_OUT = {"eval_samples": 3, "calibration_edits": 3}
@@ -32,8 +33,8 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def backbone(golden):
-    return load_backbone(golden / "checkpoint")
+def checkpoint(golden):
+    return load_checkpoint(golden / "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def write_table(turns, path):
 
 
 @pytest.fixture(scope="module")
-def everything(turns, backbone, tmp_path_factory):
+def everything(turns, checkpoint, tmp_path_factory):
     """Options of every source, the same sessions in each that reads files."""
     root = tmp_path_factory.mktemp("sources")
     write_table(turns, root / "table.parquet")
@@ -65,7 +66,7 @@ def everything(turns, backbone, tmp_path_factory):
         target.save(root / f"{i}-after.png")  # another file of the same picture
         records.append({"input_prompt": f"edit {i}", "input_image": [f"{i}.bmp"], "output_image": f"{i}-after.png"})
     (root / "share.json").write_text(json.dumps(records))
-    prepared = prepare_dataset(sources.folder(root / "folder"), backbone, root / "prepared")
+    prepared = prepare_dataset(sources.folder(root / "folder"), checkpoint, root / "prepared")
     (folder,) = (root / "prepared").iterdir()
     write_jsonl(prepared, root / "records.jsonl", 128)
     plain = prepared.remove_columns("origins").map(lambda row: {"output_tokens": row["target_tokens"]})
@@ -109,8 +110,8 @@ FILES = [
 
 
 @pytest.mark.parametrize("source", FILES)
-def test_no_session_is_on_both_sides_of_a_boundary(source, everything, backbone):
-    found = build_data(DataArguments(**HELD_OUT, **everything[source]), backbone)
+def test_no_session_is_on_both_sides_of_a_boundary(source, everything, checkpoint):
+    found = build_data(DataArguments(**HELD_OUT, **everything[source]), checkpoint)
     parts = parts_of(found)
     assert len(found.test) == 3 and sum(map(len, parts)) == SESSIONS * TURNS
     assert disjoint([sessions_of(records) for records in parts])
@@ -121,56 +122,56 @@ def test_no_session_is_on_both_sides_of_a_boundary(source, everything, backbone)
 
 
 @pytest.mark.parametrize("source", ["magicbrush", "folder", "sharegpt4o", "shapes"])
-def test_no_picture_is_on_both_sides_of_a_boundary(source, everything, backbone):
-    found = build_data(DataArguments(**HELD_OUT, **everything[source]), backbone)
+def test_no_picture_is_on_both_sides_of_a_boundary(source, everything, checkpoint):
+    found = build_data(DataArguments(**HELD_OUT, **everything[source]), checkpoint)
     rows = [found.rows[name] for name in PARTS]
     assert disjoint([pictures_of(part) for part in rows])
     assert [part["key"][:] for part in rows] == [part["key"][:] for part in parts_of(found)]
 
 
-def test_turns_whose_pictures_differ_stay_in_their_session(turns, backbone, tmp_path):
+def test_turns_whose_pictures_differ_stay_in_their_session(turns, checkpoint, tmp_path):
     """The turn between them is filtered out, so that only the session's name ties the others."""
     write_table(turns, tmp_path / "table.parquet")
     middle = [f"edit {i}" for i in range(1, len(turns), TURNS)]
     options = {"source": "magicbrush", "path": str(tmp_path / "table.parquet"), "prepared_dir": str(tmp_path)}
     data = DataArguments(**HELD_OUT, **options, exclude=middle)
-    parts = parts_of(build_data(data, backbone))
+    parts = parts_of(build_data(data, checkpoint))
     assert 0 < sum(map(len, parts)) < SESSIONS * TURNS and disjoint([sessions_of(records) for records in parts])
 
 
-def test_other_counts_encode_nothing_anew_and_keep_the_reported_records(everything, backbone, monkeypatch):
+def test_other_counts_encode_nothing_anew_and_keep_the_reported_records(everything, checkpoint, monkeypatch):
     options = everything["folder"]
-    first = build_data(DataArguments(**HELD_OUT, **options), backbone)
+    first = build_data(DataArguments(**HELD_OUT, **options), checkpoint)
     monkeypatch.setattr(prepare, "encode_tokens", None)
-    again = build_data(DataArguments(**(HELD_OUT | {"calibration_edits": 6}), **options), backbone)
+    again = build_data(DataArguments(**(HELD_OUT | {"calibration_edits": 6}), **options), checkpoint)
     assert again.test["key"][:] == first.test["key"][:] and len(again.calibration) == 6
 
 
-def test_skipped_records_are_in_no_part(turns, backbone, tmp_path):
+def test_skipped_records_are_in_no_part(turns, checkpoint, tmp_path):
     write_folder((EditExample(a, b, f"edit {i}") for i, (_, a, b) in enumerate(turns)), tmp_path / "folder")
     broken = [f"sample_{i:04d}" for i in range(0, len(turns), 2)]
     for name in broken:
         (tmp_path / "folder" / name / "target.png").write_bytes(b"broken")
     options = {"source": "folder", "path": str(tmp_path / "folder"), "on_bad_record": "skip"}
-    found = build_data(DataArguments(**HELD_OUT, **options, prepared_dir=str(tmp_path / "prepared")), backbone)
+    found = build_data(DataArguments(**HELD_OUT, **options, prepared_dir=str(tmp_path / "prepared")), checkpoint)
     for rows in found.rows.values():
         assert rows["key"][:] and not set(rows["key"]) & set(broken)
         assert [sources.read_example(row).key for row in rows] == rows["key"][:]
     assert sum(map(len, parts_of(found))) == len(turns) - len(broken)
 
 
-def test_of_the_built_in_shapes_only_what_is_wanted_is_made(everything, backbone, tmp_path):
+def test_of_the_built_in_shapes_only_what_is_wanted_is_made(everything, checkpoint, tmp_path):
     data = DataArguments(**HELD_OUT, **everything["shapes"] | {"prepared_dir": str(tmp_path)})
-    alone = build_data(data, backbone, ["calibration"])
+    alone = build_data(data, checkpoint, ["calibration"])
     assert alone.train is None and alone.test is None and len(list(tmp_path.iterdir())) == 1
-    both = build_data(data, backbone)
+    both = build_data(data, checkpoint)
     assert both.calibration["key"][:] == alone.calibration["key"][:] == alone.rows["calibration"]["key"][:]
     assert (len(both.train), len(both.calibration), len(both.test)) == (6, 3, 3)
 
 
-def test_nothing_held_out_is_none(everything, backbone):
+def test_nothing_held_out_is_none(everything, checkpoint):
     data = DataArguments(eval_samples=0, calibration_edits=0, **everything["folder"])
-    found = build_data(data, backbone)
+    found = build_data(data, checkpoint)
     assert len(found.train) == SESSIONS * TURNS
     assert found.test is found.calibration is None and list(found.rows) == ["train"]
 
@@ -203,50 +204,50 @@ def test_too_few_records_are_refused(records, wanted):
         held_out_counts(records, {"test": wanted[0], "calibration": wanted[1]})
 
 
-def test_records_that_all_share_a_picture_cannot_be_split(backbone, tmp_path):
+def test_records_that_all_share_a_picture_cannot_be_split(checkpoint, tmp_path):
     write_folder((EditExample(photo(0), photo(i), f"edit {i}") for i in range(1, 9)), tmp_path / "folder")
     options = {"source": "folder", "path": str(tmp_path / "folder"), "prepared_dir": str(tmp_path / "prepared")}
     with pytest.raises(ValueError, match="held out for test: 8 records form 1 groups .*Add other pictures"):
-        build_data(DataArguments(eval_samples=2, **options), backbone)
+        build_data(DataArguments(eval_samples=2, **options), checkpoint)
 
 
 # Prepared before
 
 
-def test_data_that_an_earlier_version_prepared_are_split_by_their_codes(everything, backbone, tmp_path):
+def test_data_that_an_earlier_version_prepared_are_split_by_their_codes(everything, checkpoint, tmp_path):
     """Without `origins`, as a folder of two parts had been."""
     before, folder = Path(everything["prepared"]["path"]), tmp_path / "old"
     (shard,) = before.glob("shard-*")
     Dataset.load_from_disk(str(shard)).remove_columns("origins").save_to_disk(str(folder / shard.name))
     shutil.copy(before / INFO_FILE, folder)
-    found = build_data(DataArguments(**HELD_OUT, source="prepared", path=str(folder)), backbone)
+    found = build_data(DataArguments(**HELD_OUT, source="prepared", path=str(folder)), checkpoint)
     assert len(found.test) == len(found.calibration) == 3
     assert disjoint([sessions_of(records) for records in parts_of(found)])
 
 
-def test_a_folder_of_several_preparations_is_not_mixed(everything, backbone, tmp_path):
+def test_a_folder_of_several_preparations_is_not_mixed(everything, checkpoint, tmp_path):
     path = everything["prepared"]["path"]
     shutil.copytree(path, tmp_path / "one")
     shutil.copytree(path, tmp_path / "two")
     with pytest.raises(FileNotFoundError, match=f"no {INFO_FILE}; give .*one or .*two"):
-        build_data(DataArguments(source="prepared", path=str(tmp_path)), backbone)
+        build_data(DataArguments(source="prepared", path=str(tmp_path)), checkpoint)
     (shard,) = (tmp_path / "one").glob("shard-*")
     shutil.copytree(shard, tmp_path / "one" / "shard-00001-of-00002")
     with pytest.raises(ValueError, match=f"holds 48 records, {INFO_FILE} says 24"):
-        build_data(DataArguments(source="prepared", path=str(tmp_path / "one")), backbone)
+        build_data(DataArguments(source="prepared", path=str(tmp_path / "one")), checkpoint)
 
 
 # Which records
 
 
 @pytest.mark.parametrize("source", ["folder", "sharegpt4o", "jsonl", "prepared"])
-def test_words_limit_and_shuffling_choose_the_records(source, everything, backbone):
+def test_words_limit_and_shuffling_choose_the_records(source, everything, checkpoint):
     options = everything[source] | {"eval_samples": 0, "calibration_edits": 0}
 
     def chosen(**choice):
         data = DataArguments(**options, **choice)
         pictures = source in ("folder", "sharegpt4o")
-        return (read_rows(data) if pictures else build_data(data, backbone).train)["instruction"][:]
+        return (read_rows(data) if pictures else build_data(data, checkpoint).train)["instruction"][:]
 
     assert chosen(include=["EDIT 1"], exclude=["12"]) == ["edit 1", *(f"edit {i}" for i in range(10, 20) if i != 12)]
     assert chosen(include=["edit", "3"], match="all", limit=2) == ["edit 3", "edit 13"]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import DeepSpeedPlugin
+from thinkclearly.training.trainer import weighted_loss
 from tiny_runs import CODES, POSITIONS, Touch, batch_of, fresh, history, make_trainer, records, trained
 
-from thinkclearly.training.adapters import load_clear_model
+from thinkclearly.models.finetunes import load_clear_model
 from thinkclearly.training.callbacks import TuneClearWeight
-from thinkclearly.training.trainer import weighted_loss
 
 
 def test_accumulation_and_batches_train_identically(golden, tmp_path):

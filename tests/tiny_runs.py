@@ -2,14 +2,14 @@
 
 import numpy as np
 import torch
+from thinkclearly.training.trainer import ClearEditTrainer
 
-from thinkclearly.config import ClearTrainingArguments
-from thinkclearly.data.collator import EditCollator
-from thinkclearly.models.backbone import codebook_hash, load_backbone
-from thinkclearly.models.clear_head import ClearConfig
+from thinkclearly.data.collator import Collator
+from thinkclearly.models.instruction_head import ClearConfig
+from thinkclearly.models.load import load_checkpoint
 from thinkclearly.training.adapters import add_lora
 from thinkclearly.training.callbacks import EpochOfDropout
-from thinkclearly.training.trainer import ClearEditTrainer
+from thinkclearly.training.options import RunArguments
 
 CODES, POSITIONS = 128, 36
 INSTRUCTIONS = ("Make it blue.", "Remove the small green square from the table, please.", "Night.")
@@ -18,16 +18,16 @@ INSTRUCTIONS = ("Make it blue.", "Remove the small green square from the table, 
 def fresh(golden, seed=0, lora_dropout=0.0, **lora):
     """A model to train: LoRA and head are not at their neutral start, or half the gradients would be zero."""
     torch.manual_seed(seed)
-    backbone = load_backbone(golden / "checkpoint")
-    config = ClearConfig(CODES, clear_weight=0.3, codebook_hash=codebook_hash(backbone.model))
+    checkpoint = load_checkpoint(golden / "checkpoint")
+    config = ClearConfig(CODES, clear_weight=0.3, codebook_hash=checkpoint.token_model.codebook_fingerprint())
     model = add_lora(
-        backbone, str(golden / "checkpoint"), config, r=4, lora_alpha=8, lora_dropout=lora_dropout, **lora
+        checkpoint, str(golden / "checkpoint"), config, r=4, lora_alpha=8, lora_dropout=lora_dropout, **lora
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or name == "clear_head.weight":
                 parameter.normal_(std=0.05)
-    return model, backbone.processor
+    return model, checkpoint.processor
 
 
 def records(golden, count, seed=0):
@@ -43,7 +43,7 @@ def records(golden, count, seed=0):
 
 def make_trainer(pair, rows, output_dir, *, drop=(0.1, 0.5), clear_head_lr=None, callbacks=(), eval_rows=None, **args):
     model, processor = pair
-    collator = EditCollator(processor, model.vocabulary, *drop, seed=3)
+    collator = Collator(processor, model.vocabulary, *drop, seed=3)
     defaults = {"logging_steps": 1, "save_strategy": "no", "eval_strategy": "no", "learning_rate": 1e-3}
     defaults |= {"use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
     return ClearEditTrainer(
@@ -52,7 +52,7 @@ def make_trainer(pair, rows, output_dir, *, drop=(0.1, 0.5), clear_head_lr=None,
         clear_weight=0.3,
         clear_head_lr=clear_head_lr,
         data_collator=collator,
-        args=ClearTrainingArguments(output_dir=str(output_dir), **(defaults | args)),
+        args=RunArguments(output_dir=str(output_dir), **(defaults | args)),
         train_dataset=rows,
         eval_dataset=eval_rows,
         callbacks=[EpochOfDropout(collator), *callbacks],
@@ -64,7 +64,7 @@ def trained(model):
 
 
 def batch_of(pair, rows):
-    return EditCollator(pair[1], pair[0].vocabulary)(rows)
+    return Collator(pair[1], pair[0].vocabulary)(rows)
 
 
 def history(trainer, *names):

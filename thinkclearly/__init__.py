@@ -7,14 +7,15 @@ from thinkclearly.hub.on_import import register_with_pipelines
 __version__ = "0.1.0"
 # Imported when first asked for: torch and transformers take seconds, which `thinkclearly --help` need not wait for.
 _HOMES = {
-    "ClearEditTrainer": "training.trainer",
+    "ClearEditTrainer": "training.clear",
     "EditResult": "editing.result",
     "EditSession": "editing.session",
     "EditSettings": "editing.settings",
     "Editor": "editing.editor",
     "prepare_dataset": "data.prepare",
+    "register_instruction": "instructions",
 }
-__all__ = [*_HOMES, "load_editor"]
+__all__ = [*_HOMES, "load_editor", "load_model"]
 register_with_pipelines()
 
 
@@ -36,6 +37,19 @@ def load_editor(name_or_path: str, **kwargs) -> "Editor":  # noqa: F821
         kwargs: `base`, `dtype`, `device`, `revision`, `token`, …; see `load_clear_model`.
     """
     from thinkclearly.editing.editor import Editor
-    from thinkclearly.training.adapters import load_clear_model
+    from thinkclearly.models.finetunes import load_clear_model
 
     return Editor(*load_clear_model(name_or_path, **{"merge": True} | kwargs))
+
+
+def load_model(name_or_path: str, **kwargs) -> "Editor":  # noqa: F821
+    """A base model or a fine-tune of any family, with `edit`, `generate` and `describe`.
+
+    Args:
+        name_or_path: folder or Hub id; "tiny" is the base that ships along.
+        kwargs: `dtype`, `device`, `revision`, `token`, …; see `load_checkpoint`.
+    """
+    from thinkclearly.editing.editor import Editor
+    from thinkclearly.models.finetunes import load_any
+
+    return Editor(*load_any(name_or_path, **kwargs))

@@ -10,18 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from thinkclearly import jobs
 from thinkclearly.data.shapes import Background, Scene, ShapeEdit, edit_scene, random_scene
 from thinkclearly.data.sources import EditExample, photos_of, shapes
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import gate_metrics
-from thinkclearly.evaluation.edits import evaluate_edits
-from thinkclearly.evaluation.report import write_report
+from thinkclearly.evaluation.edits import evaluate_edits, evaluate_rows
+from thinkclearly.evaluation.report import machine, write_report
 from thinkclearly.evaluation.tables import format_number
 from thinkclearly.files import write_json
 from thinkclearly.images import load_image
-from thinkclearly.recipe import RecipeParser, option
-from thinkclearly.training.adapters import load_clear_model
+from thinkclearly.models.finetunes import load_clear_model
+from thinkclearly.recipe import option
+from thinkclearly.training.methods import parse_options
+from thinkclearly.training.run import train
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +57,14 @@ def photo_edits(count: int, photos: list[str], seed: int = 7) -> list[tuple[Shap
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = RecipeParser([*jobs.TRAIN_OPTIONS, DemoArguments], prog="thinkclearly demo")
-    model, lora, data, clear, training, overrides, demo = parser.parse(argv)
+    options, method, demo = parse_options(argv, "thinkclearly demo", also=(DemoArguments,))
+    data, training = options.data, options.training
     output = Path(training.output_dir)
     training.output_dir = str(output / "checkpoint")
     data.prepared_dir = str(output / "prepared")
     seconds = {}
     started = time.perf_counter()
-    history = jobs.train(model, lora, data, clear, training, overrides)
+    history = train(options, method)
     seconds["prepare and train"] = time.perf_counter() - started
 
     # What is measured is what was saved, read back as a user would.
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     options = {"size": data.shapes_size, "seed": data.split_seed + 1, "photos_folder": data.photos_folder}
     rows = shapes(demo.demo_edits, split="test", **options)
-    held_out = jobs.evaluate_rows(editor, rows, data, demo.demo_batch_size)
+    held_out = evaluate_rows(editor, rows, data, demo.demo_batch_size)
     measured = {"edits": held_out}
     if demo.demo_photo_edits:
         photos = photo_edits(demo.demo_photo_edits, photos_of("test", data.photos_folder))
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             "gate": gate_metrics(held_out.log_odds, held_out.unchanged),
         },
         "seconds": seconds,
-        "machine": jobs.machine(),
+        "machine": machine(),
     }
     tables = {
         f"{demo.demo_edits} held-out edits": held_out.pictures,
@@ -145,6 +146,6 @@ def _notes(evaluation, seconds: dict) -> dict[str, str]:
         "In short": summary(evaluation),
         "Edits done": done,
         "Gate": honest,
-        "Machine": jobs.machine(),
+        "Machine": machine(),
         "Time": times,
     }

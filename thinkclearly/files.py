@@ -96,3 +96,8 @@ def strict(content):
     if isinstance(content, (list, tuple)):
         return [strict(value) for value in content]
     return str(content) if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def is_local(name: str) -> bool:
+    """Whether a model or data set is a file or folder of this machine, rather than a Hub id or built in."""
+    return name != "tiny" and (Path(name).is_absolute() or name.startswith((".", "~")) or Path(name).exists())

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {"CLEAR": lambda picture: picture}
+CLEAR = "CLEAR"
+TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {CLEAR: lambda picture: picture}
 
 
 def register_instruction(name: str, transform: Callable[[Image.Image], Image.Image]) -> None:
@@ -45,7 +46,7 @@ class InstructionVocabulary:
     """
 
     codebook_size: int
-    names: tuple[str, ...] = ("CLEAR",)
+    names: tuple[str, ...] = (CLEAR,)
 
     def __post_init__(self):
         unknown = [name for name in self.names if name not in TRANSFORMS]
@@ -71,7 +72,9 @@ class InstructionVocabulary:
         pictures = [TRANSFORMS[name](source) for name in self.names]
         for name, picture in zip(self.names, pictures):
             if picture.size != source.size:
-                raise ValueError(f"instruction {name} made {picture.size} of {source.size}; a patch has to stay in place")
+                raise ValueError(
+                    f"instruction {name}: {picture.size} of a {source.size} picture; patches stay in place"
+                )
         return pictures
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:

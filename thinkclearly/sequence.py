@@ -93,6 +93,12 @@ def named_row(sample: Sample, name: str) -> Row:
     return Row(sample, frozenset(i for i in conditions(sample) if isinstance(sample[i], kinds)))
 
 
+def named_rows(samples: Iterable[Sample], names: Iterable[str]) -> list[Row]:
+    """For each sample its rows of these names, next to each other."""
+    names = list(names)
+    return [named_row(sample, name) for sample in samples for name in names]
+
+
 @dataclass(frozen=True)
 class Dropout:
     """Condition dropout, keyed to (seed, epoch, record): the same for any batch size, worker and process.

@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
+from thinkclearly.jobs import machine
 from tqdm.auto import tqdm
 
 from thinkclearly import load_editor
@@ -29,7 +30,6 @@ from thinkclearly.evaluation.tables import markdown_table
 from thinkclearly.files import write_json, write_text
 from thinkclearly.hub.pipeline import DEFAULT_MODEL
 from thinkclearly.images import Letterbox
-from thinkclearly.jobs import machine
 
 logger = logging.getLogger("many_turns")
 

@@ -12,15 +12,15 @@ from benchmarks.stability.runs import gates
 from benchmarks.stability.train import folder, recipe
 from thinkclearly import jobs
 from thinkclearly.data import sources
+from thinkclearly.data.splits import build_data
 from thinkclearly.editing.composite import composite
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import calibrate, calibrated_log_odds, gate_metrics
 from thinkclearly.evaluation.metrics import aggregate_clear_metrics, clear_metrics
 from thinkclearly.files import write_json
 from thinkclearly.images import Letterbox, patch_difference
-from thinkclearly.models.clear_head import write_clear_config
-from thinkclearly.splits import build_data
-from thinkclearly.training.adapters import load_clear_model
+from thinkclearly.models.finetunes import load_clear_model
+from thinkclearly.models.instruction_head import write_clear_config
 
 BATCH = 24
 CALIBRATION = "calibration.json"

@@ -13,12 +13,12 @@ from benchmarks.stability.measure import BATCH, fast, load
 from benchmarks.stability.runs import SEEDS, gates
 from benchmarks.stability.train import recipe
 from thinkclearly import jobs
-from thinkclearly.data.collator import EditCollator
+from thinkclearly.data.collator import Collator
+from thinkclearly.data.splits import build_data
 from thinkclearly.evaluation.calibration import fit_gate, gate_metrics
 from thinkclearly.evaluation.metrics import clear_metrics
 from thinkclearly.images import Letterbox, load_image
 from thinkclearly.instructions import gate_log_odds
-from thinkclearly.splits import build_data
 
 CROSS = ndimage.generate_binary_structure(2, 1)
 
@@ -26,13 +26,13 @@ CROSS = ndimage.generate_binary_structure(2, 1)
 def label_noise(output: Path, records: int = 1200) -> dict:
     """Token equality against pixels: how often it errs, and where (by the winning code's margin and by texture)."""
     model_args, _, data_args, *_ = recipe(output)
-    backbone = jobs.build_backbone(model_args)
-    rows = build_data(data_args, backbone, ["train"]).train.select(range(records))
+    checkpoint = jobs.build_backbone(model_args)
+    rows = build_data(data_args, checkpoint, ["train"]).train.select(range(records))
     names = ["input_tokens", "target_tokens", "pixel_difference", "mask_tokens"]
     table = rows.select_columns(names).with_format("numpy")
     source, target, difference, mask = (np.stack(table[name]) for name in names)
     same, still = source == target, difference <= data_args.pixel_tolerance
-    margin, texture = _margins(backbone, rows)
+    margin, texture = _margins(checkpoint, rows)
     found = {
         "records": records,
         "unchanged by pixels": still.mean(),
@@ -52,9 +52,9 @@ def label_noise(output: Path, records: int = 1200) -> dict:
 
 
 @torch.inference_mode()
-def _margins(backbone, rows) -> tuple[np.ndarray, np.ndarray]:
+def _margins(checkpoint, rows) -> tuple[np.ndarray, np.ndarray]:
     """Of every source patch: how much nearer the winning code is than the next (cosine), and its pixels' deviation."""
-    vq, processor = backbone.model.model.vqmodel, backbone.processor
+    vq, processor = checkpoint.network.model.vqmodel, checkpoint.processor
     codes = F.normalize(vq.quantize.embedding.weight, dim=-1)
     margins, textures = [], []
     for start in range(0, len(rows), BATCH):
@@ -131,7 +131,7 @@ def pointer_sum(output: Path, seed: int, records: int = 504) -> dict:
     model, options = editor.model, recipe(output)[2]
     options.eval_samples, options.split_seed = records, options.split_seed + 1
     rows = build_data(options, jobs.build_backbone(recipe(output)[0]), ["test"]).test
-    collate, codebook = EditCollator(editor.processor, model.vocabulary), model.vocabulary.codebook_size
+    collate, codebook = Collator(editor.processor, model.vocabulary), model.vocabulary.codebook_size
     gates, summed, truth = [], [], []
     for start in range(0, len(rows), BATCH):
         batch = collate([rows[i] for i in range(start, min(len(rows), start + BATCH))])

@@ -8,10 +8,10 @@ from transformers import set_seed
 
 from benchmarks.stability.variants import VARIANTS
 from thinkclearly import jobs
+from thinkclearly.data.splits import build_data
 from thinkclearly.files import write_json
-from thinkclearly.models.clear_head import CONFIG_FILE
+from thinkclearly.models.instruction_head import CONFIG_FILE
 from thinkclearly.recipe import RecipeParser
-from thinkclearly.splits import build_data
 
 RECIPE = "recipes/tiny.yaml"
 
@@ -41,11 +41,11 @@ def train(output: Path, variant: str, seed: int) -> None:
     options = {"output_dir": directory, "seed": seed, "save_strategy": "no", "sample_edits": 0} | how.overrides
     model_args, lora, data_args, clear, training, overrides = recipe(output, **options)
     set_seed(seed)
-    backbone = jobs.build_backbone(model_args)
-    data = build_data(data_args, backbone)
-    config = jobs.new_config(backbone, clear, overrides)
-    model = jobs.build_model(model_args, lora, backbone, config)
-    collator = how.collator(backbone.processor, model.vocabulary, clear.drop_all, clear.drop_source, seed=seed)
+    checkpoint = jobs.build_backbone(model_args)
+    data = build_data(data_args, checkpoint)
+    config = jobs.new_config(checkpoint, clear, overrides)
+    model = jobs.build_model(model_args, lora, checkpoint, config)
+    collator = how.collator(checkpoint.processor, model.vocabulary, clear.drop_all, clear.drop_source, seed=seed)
     trainer = jobs.build_trainer(how.trainer, model, collator, data, clear, training)
     trainer.train()
     write_json(directory / "log.json", trainer.state.log_history)

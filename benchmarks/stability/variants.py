@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-
-from thinkclearly.data.collator import EditCollator
-from thinkclearly.instructions import gate_log_odds
 from thinkclearly.training.trainer import ClearEditTrainer
 
+from thinkclearly.data.collator import Collator
+from thinkclearly.instructions import gate_log_odds
 
-class EmptySlotCollator(EditCollator):
+
+class EmptySlotCollator(Collator):
     """The original's: the slot of the picture's features stays as placeholder words."""
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -24,14 +24,14 @@ class EmptySlotCollator(EditCollator):
         return batch
 
 
-class ClearEverywhereCollator(EditCollator):
+class ClearEverywhereCollator(Collator):
     """Rows that are told nothing keep their CLEAR labels, too."""
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         return super().__call__(rows) | {"labels": torch.tensor([row["output_tokens"] for row in rows])}
 
 
-class ClearInFullCollator(EditCollator):
+class ClearInFullCollator(Collator):
     """Only rows that see the source's codes are labelled CLEAR; part rows are labelled with plain codes."""
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -62,7 +62,7 @@ class Variant:
     """A way to train; `overrides` are options of the recipe."""
 
     overrides: dict = field(default_factory=dict)
-    collator: type = EditCollator
+    collator: type = Collator
     trainer: type = ClearEditTrainer
 
 

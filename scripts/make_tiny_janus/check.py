@@ -13,8 +13,7 @@ from data import IMAGE_SIZE, TOKENS, Edits
 from thinkclearly.data.shapes import OPERATIONS, packaged_photos, random_edit
 from thinkclearly.editing.editor import Editor
 from thinkclearly.images import to_image
-from thinkclearly.models.backbone import decode_tokens, encode_tokens
-from thinkclearly.training.adapters import load_base
+from thinkclearly.models.finetunes import load_base
 
 SEED, BATCH = 77, 30
 
@@ -30,7 +29,7 @@ def check(model: Path, count: int = 150) -> None:
         pictures, words = [edit.render(IMAGE_SIZE)[0] for edit in edits], [edit.instruction for edit in edits]
         results = editor.edit_many(pictures, words, use_cfg=False, temperature=0.0)
         for edit, number, result in zip(edits, numbers, results):
-            ceiling = to_image(decode_tokens(editor.model.base, true_tokens(editor, data[number]))[0])
+            ceiling = to_image(editor.model.token_model.decode(true_tokens(editor, data[number]))[0])
             done[edit.operation].append((edit.is_done(result.raw), edit.is_done(ceiling)))
     done["all"] = sum(done.values(), [])
     for operation, rows in done.items():
@@ -41,5 +40,5 @@ def check(model: Path, count: int = 150) -> None:
 def true_tokens(editor: Editor, row) -> torch.Tensor:
     """Codes of the target, the source's where no pixel changed: long (1, N)."""
     pixels = torch.from_numpy(row[2]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    source, target = encode_tokens(editor.model.base, pixels)
+    source, target = editor.model.token_model.encode(pixels)
     return torch.where(torch.from_numpy(row[3]), source, target).view(1, TOKENS)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from data import GRID, IMAGE_SIZE, PATCH, TOKENS, Batch, batches, held_out
 from muon import Muon
 from safetensors.torch import load_file
+from thinkclearly.models.prompt import BOS, EOS, IMAGE, PAD, SPECIAL_TOKENS, SYSTEM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from tqdm import tqdm
@@ -28,19 +29,8 @@ from transformers import (
 )
 
 from thinkclearly.data.shapes import PALETTE, SHAPES, packaged_photos, random_edit
-from thinkclearly.models.backbone import embed_prompt, encode_tokens, image_features, positions, token_embeddings
-from thinkclearly.models.prompt import (
-    BOS,
-    EOS,
-    FULL,
-    IMAGE,
-    PAD,
-    PART,
-    SPECIAL_TOKENS,
-    SYSTEM,
-    UNCOND,
-    ClearEditProcessor,
-)
+from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND
 
 HIDDEN, LAYERS, HEADS = 256, 6, 8
 CONTENTS = (1 + len(SHAPES), 1 + len(PALETTE))
@@ -252,7 +242,7 @@ def train_language_model(stage: Stage, vq_config: JanusVQVAEConfig, directory: P
     if continued:
         model.load_state_dict(load_file(directory / "model" / "model.safetensors"))
         probes.load_state_dict(torch.load(directory / "probes.pt", weights_only=True))
-    processor = ClearEditProcessor(tokenizer, IMAGE_SIZE, TOKENS)
+    processor = JanusProcessor(tokenizer, IMAGE_SIZE, TOKENS)
     steppers = optimizers(model, probes, stage.lr)
     data, test = batches(stage.seed, stage.batch), held_out()
     texts = round(stage.batch * stage.text_share)
@@ -260,7 +250,7 @@ def train_language_model(stage: Stage, vq_config: JanusVQVAEConfig, directory: P
         for group in (group for optimizer in steppers for group in optimizer.param_groups):
             group["lr"] = stage.rate(step)
         rows = next(data)
-        conditions = rng.choice([FULL, PART, UNCOND], stage.batch - texts, p=stage.conditions).tolist()
+        conditions = rng.choice([FULL, NO_SOURCE, UNCOND], stage.batch - texts, p=stage.conditions).tolist()
         text_conditions = rng.choice([FULL, UNCOND], texts, p=[0.9, 0.1]).tolist()
         with torch.autocast("cpu", torch.bfloat16):
             loss, same, readings, seen = edit_loss(model, processor, probes, rows.rows(texts), conditions)

@@ -17,13 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 from thinkclearly.bench.loops import reference_loop, transformers_generate
 from thinkclearly.bench.measure import Run, now, weight_bytes
 from thinkclearly.bench.scripted import SHARES, SMALL_TOWERS, ScriptedModel, changed_patches, random_model
-from thinkclearly.decoding.engine import decode
+from thinkclearly.decoding.engine import decode, guided_rows
 from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.editing.composite import composite
 from thinkclearly.editing.editor import Editor
 from thinkclearly.images import Letterbox, load_image, to_image
-from thinkclearly.models.backbone import decode_tokens, embed_prompt, encode_tokens, image_features
-from thinkclearly.models.prompt import FULL, PART, UNCOND
+from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND, Row, drawing, named_rows
 
 REFERENCE, TRANSFORMERS = "reference loop", "transformers' generate"
 EQUAL_ROWS = "reference loop, without its row of weight 0"
@@ -46,11 +45,11 @@ def sampling(editor: Editor) -> dict:
     return {name: getattr(editor.settings, name) for name in ("cfg_weight", "cfg_weight2", "temperature")}
 
 
-def reference_edit(editor: Editor, picture: Image.Image, instruction: str, conditions: list[int]) -> Run:
+def reference_edit(editor: Editor, picture: Image.Image, instruction: str, names: list[str]) -> Run:
     """From picture to composite with the reference loop in the middle and our own functions around it.
 
     Args:
-        conditions: the guidance rows that it decodes.
+        names: the guidance rows that it decodes.
     """
     model, processor, device = editor.model, editor.processor, editor.model.device
     start = now(device)
@@ -58,16 +57,15 @@ def reference_edit(editor: Editor, picture: Image.Image, instruction: str, condi
     box = Letterbox(*source.size, processor.image_size)
     with torch.inference_mode():
         pixels = processor.pixel_values([box.fit(source)]).to(device)
-        source_tokens, features = encode_tokens(model.base, pixels), image_features(model.base, pixels)
+        source_tokens, features = model.token_model.encode(pixels), model.token_model.see(pixels)
         encoded = now(device)
-        count = len(conditions)
-        rows = processor.edit_rows([instruction] * count, conditions).to(device)
-        embeds = embed_prompt(model.base, rows, features.expand(count, -1, -1), source_tokens.expand(count, -1))
+        rows = processor.rows(named_rows([drawing(instruction, [0])], names)).to(device)
+        embeds = model.token_model.embed_prompt(rows, features, source_tokens)
         n = processor.num_image_tokens
         ids, tokens = reference_loop(model, embeds, n, source_tokens=source_tokens[0], **sampling(editor))
         decoded = now(device)
         tokens = torch.tensor(tokens, device=device).unsqueeze(0)
-        edited = box.unfit(to_image(decode_tokens(model.base, tokens)[0].cpu()))
+        edited = box.unfit(to_image(model.token_model.decode(tokens)[0].cpu()))
     clear = model.vocabulary.is_instruction(torch.tensor(ids)).view(processor.grid, -1).numpy()
     composite(source, edited, clear, box, editor.settings.feather_radius_px, editor.settings.feather)
     return Run(now(device) - start, decoded - encoded, n)
@@ -86,11 +84,11 @@ def edit_rows(editor: Editor, edits: list[tuple[Image.Image, str]]) -> dict[str,
         seconds = now(editor.model.device) - start
         return Run(seconds, sum(r.seconds["decode"] for r in results), mean(r.passes for r in results))
 
-    def reference(*conditions: int) -> Run:
-        runs = [reference_edit(editor, picture, words, list(conditions)) for picture, words in edits]
+    def reference(*names: str) -> Run:
+        runs = [reference_edit(editor, picture, words, list(names)) for picture, words in edits]
         return Run(sum(r.seconds for r in runs), sum(r.decode for r in runs), mean(r.passes for r in runs))
 
-    rows = {REFERENCE: partial(reference, FULL, PART, UNCOND)}
+    rows = {REFERENCE: partial(reference, FULL, NO_SOURCE, UNCOND)}
     if not editor.settings.cfg_weight2:
         rows[EQUAL_ROWS] = partial(reference, FULL, UNCOND)
     return rows | {name: partial(ours, settings) for name, settings in DECODERS.items()}
@@ -98,7 +96,7 @@ def edit_rows(editor: Editor, edits: list[tuple[Image.Image, str]]) -> dict[str,
 
 def script_edit(editor: Editor, instruction: str, share: float) -> None:
     """Has a model of random weights change `share` of the patches, whatever picture comes with the instruction."""
-    start = len(editor.processor.edit_ids(instruction)) - 1
+    start = editor.processor.rows([Row(drawing(instruction, [0]))]).input_ids.shape[1] - 1
     editor.model.script(changed_patches(share, editor.processor.grid), start)
 
 
@@ -125,9 +123,9 @@ def draw_rows(editor: Editor, prompts: list[str]) -> dict[str, Callable[[], Run]
     weights = {name: value for name, value in sampling(editor).items() if name != "cfg_weight2"}
 
     def rows_of(prompt: str):
-        rows = processor.generate_rows([prompt] * 2, [FULL, UNCOND]).to(model.device)
+        rows = processor.rows(named_rows([drawing(prompt)], (FULL, UNCOND))).to(model.device)
         with torch.inference_mode():
-            return rows.attention_mask, embed_prompt(model.base, rows)
+            return rows.attention_mask, model.token_model.embed_prompt(rows)
 
     def timed(draw: Callable[[str], int]) -> Callable[[], Run]:
         def run() -> Run:
@@ -143,7 +141,8 @@ def draw_rows(editor: Editor, prompts: list[str]) -> dict[str, Callable[[], Run]
 
         def draw(prompt: str) -> int:
             mask, embeds = rows_of(prompt)
-            return decode(model, embeds, mask, n, settings, samples=[(0, 0)]).passes
+            rows = {FULL: settings.cfg_weight, UNCOND: 1 - settings.cfg_weight}
+            return decode(model, embeds, mask, n, settings, rows=rows, samples=[(0, 0)]).passes
 
         return timed(draw)
 
@@ -190,7 +189,7 @@ def precisions(editors: dict[str, Editor], edits: list[tuple[Image.Image, str]])
         copied = torch.stack([editor.model.vocabulary.is_instruction(result.class_ids) for result in results])
         first = first or (tokens, copied)
         changed = [float((mine != theirs).float().mean()) for mine, theirs in zip((tokens, copied), first)]
-        size = weight_bytes(editor.model.base.model.language_model)
+        size = weight_bytes(editor.model.token_model.language_model)
         found[name] = dict(zip(("tokens", "decisions"), changed)) | {"bytes": size}
     return found
 
@@ -202,16 +201,17 @@ def count_passes(seeds: int, tick: Callable[[], None], grid: int = 24, levels=LE
     """
     model, _ = random_model(COUNTING, grid=grid, codes=1024, towers=SMALL_TOWERS)
     generator, n, start = torch.Generator().manual_seed(0), grid**2, 7
-    embeds = torch.randn(3, start + 1, model.config.text_config.hidden_size, generator=generator)
+    embeds = torch.randn(3, start + 1, model.token_model.hidden_size, generator=generator)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
     entries = []
     for level in levels:
         model.scale = level
         for block in blocks:
             settings = DecodeSettings(block=block)
+            rows, fewer = (guided_rows(settings, has_source) for has_source in (True, False))
             model.script(torch.ones(1, dtype=torch.bool), 0)
             drawn = [
-                decode(model, embeds[::2], mask[::2], n, settings, samples=[(seed, 0)]).passes
+                decode(model, embeds[::2], mask[::2], n, settings, rows=fewer, samples=[(seed, 0)]).passes
                 for seed in range(min(seeds, 3))
             ]
             entry = {"level": level, "block": block, "draw": mean(drawn), "shares": {}}
@@ -220,7 +220,8 @@ def count_passes(seeds: int, tick: Callable[[], None], grid: int = 24, levels=LE
                 for seed in range(seeds if share <= 0.15 else -(-seeds // 5)):
                     model.script(changed_patches(share, grid, seed=seed), start)
                     source = torch.randint(0, 1024, (1, n), generator=generator)
-                    decoded = decode(model, embeds, mask, n, settings, source_tokens=source, samples=[(seed, 0)])
+                    sources = {"source_tokens": source, "transformed": source.unsqueeze(1)}
+                    decoded = decode(model, embeds, mask, n, settings, rows=rows, samples=[(seed, 0)], **sources)
                     passes.append(decoded.passes)
                 entry["shares"][f"{share:.0%}"] = passes
                 tick()

@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache, GenerationConfig, JanusForConditionalGeneration
 
-from thinkclearly.models.backbone import token_embeddings
-from thinkclearly.models.clear_head import ClearEditModel
-from thinkclearly.models.prompt import FULL, ClearEditProcessor
+from thinkclearly.models.instruction_head import InstructionModel
+from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.sequence import Row, drawing
 
 
 @torch.inference_mode()
 def reference_loop(
-    model: ClearEditModel,
+    model: InstructionModel,
     embeds: torch.Tensor,
     num_tokens: int,
     *,
@@ -30,8 +30,8 @@ def reference_loop(
     the host. With `temperature` 0 it takes the best class, as guidance="joint" of our decoder does.
 
     Args:
-        embeds: (R, L, H), rows of one length: full, part, uncond for an edit, as the demos always run it; full, uncond
-            for an edit with `cfg_weight2` 0 (the same tokens) and for text-to-image.
+        embeds: (R, L, H), rows of one length: full, no_source, uncond for an edit, as the demos always run it; full,
+            uncond for an edit with `cfg_weight2` 0 (the same tokens) and for text-to-image.
         source_tokens: long (N,), the codes that instruction tokens stand for; without it only codes are chosen.
 
     Returns:
@@ -39,7 +39,7 @@ def reference_loop(
     """
     codes, ids, tokens, cache = model.vocabulary.codebook_size, [], [], DynamicCache()
     for i in range(num_tokens):
-        output = model.base.model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        output = model.token_model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
         logits = model.logits(output.last_hidden_state[:, -1])
         if source_tokens is None:
             logits = logits[:, :codes]
@@ -54,20 +54,20 @@ def reference_loop(
         ids.append(chosen)
         tokens.append(chosen if chosen < codes else source_tokens[i].item())
         fed = torch.full((len(embeds), 1), tokens[-1], device=embeds.device)
-        embeds = token_embeddings(model.base, fed).to(embeds.dtype)
+        embeds = model.token_model.embed_codes(fed).to(embeds.dtype)
     return ids, tokens
 
 
 def transformers_generate(
     janus: JanusForConditionalGeneration,
-    processor: ClearEditProcessor,
+    processor: JanusProcessor,
     prompt: str,
     *,
     cfg_weight: float = 5.0,
     temperature: float = 1.0,
 ) -> list[int]:
     """The tokens of one picture by `generate(generation_mode="image")`, from the prompt that we use ourselves."""
-    rows = processor.generate_rows([prompt], [FULL]).to(janus.device)
+    rows = processor.rows([Row(drawing(prompt))]).to(janus.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     config = GenerationConfig(
         guidance_scale=cfg_weight,

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import is_bitsandbytes_available
 
-from thinkclearly import jobs, load_editor
+from thinkclearly import load_editor
 from thinkclearly.bench import cases
 from thinkclearly.bench.measure import copy_bandwidth, interleaved, summary, weight_bytes
 from thinkclearly.bench.scripted import SHARES, SIZES, SMALL_TOWERS, random_model
@@ -24,10 +24,11 @@ from thinkclearly.bench.tables import render
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.data.sources import OFFSETS
 from thinkclearly.editing.editor import Editor
+from thinkclearly.evaluation.report import machine
 from thinkclearly.files import write_json, write_text
+from thinkclearly.models.finetunes import TINY_CLEAR
 from thinkclearly.models.quantization import quantization
 from thinkclearly.recipe import DTYPES, RecipeParser, check_choice, option
-from thinkclearly.training.adapters import TINY_CLEAR
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 def _setup(arguments: BenchArguments) -> dict:
     flags = " ".join(f"--{name} {getattr(arguments, name)}" for name in ("rounds", "edits", "seeds", "dtype"))
     return {
-        "machine": jobs.machine(),
+        "machine": machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "dtype": arguments.dtype,
@@ -151,8 +152,9 @@ def random_case(
     drawn = interleaved(cases.draw_rows(editor, ["a red circle"]), arguments.rounds, tick, warm_up=False)
     drawn = summary(drawn, cases.REFERENCE)
     cases.script_edit(editor, edit[1], 0.15)
-    inner = model.base.model
-    size, bandwidth = weight_bytes(inner.language_model, inner.generation_head), copy_bandwidth(device)
+    family = model.token_model
+    size = weight_bytes(*(family.parts()[name] for name in family.learning_parts))
+    bandwidth = copy_bandwidth(device)
     limit = {"bytes": size, "bandwidth": bandwidth, "seconds": size / bandwidth}
     ours = f"{cases.ADAPTIVE}, 15% changed"
     return {

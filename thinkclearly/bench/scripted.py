@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
-from transformers import JanusConfig, JanusForConditionalGeneration, LlamaConfig
+from transformers import PreTrainedModel
 
-from thinkclearly.models.backbone import TINY, token_embeddings
-from thinkclearly.models.clear_head import ClearConfig, ClearEditModel
-from thinkclearly.models.prompt import ClearEditProcessor
+from thinkclearly.models.instruction_head import ClearConfig, InstructionModel
+from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.models.janus.random import random_janus
+from thinkclearly.models.load import token_model
 
 SHARES = (0.05, 0.15, 0.3, 0.6)  # of patches that an edit changes, from a small object to a new background
 FAR = 1e4  # log-odds beyond any doubt
@@ -36,7 +37,7 @@ SMALL_TOWERS = (
 )
 
 
-class ScriptedModel(ClearEditModel):
+class ScriptedModel(InstructionModel):
     """Copies exactly where the script says so, whatever it is asked and in whichever pass; paints without a script.
 
     Attributes:
@@ -44,12 +45,12 @@ class ScriptedModel(ClearEditModel):
             to guess; hardest to guess they are at about 4. Far above it the model repeats itself.
     """
 
-    def __init__(self, janus: JanusForConditionalGeneration, scale: float):
-        super().__init__(janus, ClearConfig(janus.config.vq_config.num_embeddings))
+    def __init__(self, network: PreTrainedModel, scale: float):
+        super().__init__(network, ClearConfig(token_model(network).codebook_size))
         self.scale, self.position_ids = scale, None
         self.script(torch.ones(1, dtype=torch.bool), 0)
         # Every path into the language model, with position ids given or not, rotates by them.
-        janus.model.language_model.rotary_emb.register_forward_pre_hook(self._note, with_kwargs=True)
+        self.token_model.language_model.rotary_emb.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def script(self, changed: torch.Tensor, start: int) -> None:
         """Sets which positions are painted: bool (N,), and the position id of the prompt's last token in all rows.
@@ -96,25 +97,8 @@ def random_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int = 0,
-) -> tuple[ScriptedModel, ClearEditProcessor]:
+) -> tuple[ScriptedModel, JanusProcessor]:
     """A Janus of the given sizes with random weights and pictures of `grid`×`grid` patches of 16 pixels."""
-    width, side, (vision, vq) = sizes["hidden_size"], 16 * grid, towers
-    config = JanusConfig(
-        text_config=LlamaConfig(**{"vocab_size": 102400, "max_position_embeddings": 16384} | sizes),
-        vision_config={"image_size": side, "num_image_tokens": grid**2, "projection_dim": width, **vision},
-        vq_config={"num_embeddings": codes, "projection_dim": width, "image_token_embed_dim": width, **vq},
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(seed)
-    with torch.device(device):
-        janus = JanusForConditionalGeneration(config)
-    # As initialised, the tokens that are fed back are all but zero, and no code would depend on another.
-    aligner, tokens = janus.model.generation_aligner.hidden_layers[-1], torch.arange(codes, device=device)[None]
-    with torch.no_grad():
-        aligner.weight /= token_embeddings(janus, tokens).std()
-        head = janus.model.generation_head  # logits of codes of standard deviation 1
-        head.vision_head.weight /= head(torch.randn(256, width, device=device)).std()
-    janus.to(dtype).model.vqmodel.float()
-    tokenizer = ClearEditProcessor.from_pretrained(str(TINY)).tokenizer
-    model = ScriptedModel(janus, scale).to(device).eval().requires_grad_(False)
-    return model, ClearEditProcessor(tokenizer, side, grid**2)
+    network, processor = random_janus(sizes, grid, codes, towers, dtype, device, seed)
+    model = ScriptedModel(network, scale).to(device).eval().requires_grad_(False)
+    return model, processor

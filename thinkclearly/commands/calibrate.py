@@ -21,20 +21,20 @@ class CalibrateArguments(LoadArguments):
 def main(argv: list[str] | None = None) -> None:
     from accelerate import PartialState
 
-    from thinkclearly import jobs
-    from thinkclearly.config import DataArguments
+    from thinkclearly.data.options import DataArguments
+    from thinkclearly.data.splits import build_data
     from thinkclearly.evaluation.calibration import calibrate
-    from thinkclearly.models.backbone import Backbone
-    from thinkclearly.models.clear_head import CONFIG_FILE, write_clear_config
-    from thinkclearly.splits import build_data
+    from thinkclearly.models.instruction_head import CONFIG_FILE, write_clear_config
+    from thinkclearly.models.load import Checkpoint
+    from thinkclearly.training.methods import all_option_classes
 
     options = [CalibrateArguments, DataArguments]
-    parser = RecipeParser(options, skipped=jobs.TRAIN_OPTIONS, prog="thinkclearly calibrate", description=__doc__)
+    parser = RecipeParser(options, skipped=all_option_classes(), prog="thinkclearly calibrate", description=__doc__)
     arguments, data = parser.parse(argv)
     if not (Path(arguments.model) / CONFIG_FILE).is_file():
         raise ValueError(f"model={arguments.model!r} is no folder with a {CONFIG_FILE}; calibrate where you can write")
     editor = load_finetune(arguments)
-    rows = build_data(data, Backbone(editor.model.base, editor.processor), ["calibration"]).calibration
+    rows = build_data(data, Checkpoint(editor.model.base, editor.processor), ["calibration"]).calibration
     if rows is None:
         raise ValueError(
             f"calibration_edits={data.calibration_edits}, source={data.source}: no held-out records with pictures"

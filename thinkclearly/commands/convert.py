@@ -30,13 +30,13 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from thinkclearly.models.backbone import load_backbone
-    from thinkclearly.models.checkpoint import export_deepseek
+    from thinkclearly.models.janus.checkpoint import export_deepseek
+    from thinkclearly.models.load import load_checkpoint
 
-    backbone = load_backbone(arguments.model, dtype=getattr(torch, arguments.dtype))
+    checkpoint = load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype))
     if arguments.to == "deepseek":
         # The tokenizer files as they are: transformers 5 would write a class that DeepSeek's code does not find.
-        export_deepseek(backbone.model, directory, processor_source=backbone.model.name_or_path)
+        export_deepseek(checkpoint.network, directory, processor_source=checkpoint.network.name_or_path)
     else:
-        backbone.model.save_pretrained(directory)
-        backbone.processor.save_pretrained(directory)
+        checkpoint.network.save_pretrained(directory)
+        checkpoint.processor.save_pretrained(directory)

@@ -35,26 +35,16 @@ class LoadArguments:
 
 def load_finetune(arguments: LoadArguments) -> Editor:
     """An editor from a fine-tune, the shipped one if none is named; a missing CLEAR head is an error."""
-    from thinkclearly.training.adapters import TINY_CLEAR, load_clear_model
+    from thinkclearly.models.finetunes import TINY_CLEAR, load_clear_model
 
     return _load(arguments, partial(load_clear_model, merge=True), shipped=str(TINY_CLEAR))
 
 
 def load_any(arguments: LoadArguments) -> Editor:
     """A base model where there are only its own files, else a fine-tune; the shipped base if none is named."""
-    from thinkclearly.models.checkpoint import resolve
-    from thinkclearly.models.clear_head import CONFIG_FILE
-    from thinkclearly.models.original_finetune import is_original_finetune
-    from thinkclearly.training.adapters import load_base
+    from thinkclearly.models import finetunes
 
-    name = arguments.model
-    directory = None if name in (None, "tiny") else resolve(name)
-    finetuned = directory and ((directory / CONFIG_FILE).is_file() or is_original_finetune(directory))
-    if finetuned or (directory and not (directory / "config.json").is_file()):
-        return load_finetune(arguments)
-    if arguments.base:
-        raise ValueError(f"{name} is a base model, not a fine-tune; leave out base={arguments.base}")
-    return _load(arguments, load_base, shipped="tiny")
+    return _load(arguments, finetunes.load_any, shipped="tiny")
 
 
 def _load(arguments: LoadArguments, load, shipped: str) -> Editor:
@@ -62,8 +52,8 @@ def _load(arguments: LoadArguments, load, shipped: str) -> Editor:
     from accelerate import PartialState
 
     from thinkclearly.editing.editor import Editor
+    from thinkclearly.models.finetunes import SHIPPED
     from thinkclearly.models.quantization import quantization
-    from thinkclearly.training.adapters import SHIPPED
 
     device = arguments.device or PartialState().device
     try:
@@ -81,7 +71,7 @@ def _load(arguments: LoadArguments, load, shipped: str) -> Editor:
     editor = Editor(*load(arguments.model or shipped, **options))
     if arguments.compile:
         # Prompts, blocks and what the cache holds have other lengths in every pass.
-        editor.model.base.model.language_model.compile(dynamic=True)
+        editor.model.token_model.language_model.compile(dynamic=True)
     return editor
 
 

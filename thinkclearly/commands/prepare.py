@@ -22,25 +22,27 @@ class PrepareArguments:
 def main(argv: list[str] | None = None) -> None:
     from accelerate import PartialState
 
-    from thinkclearly import jobs
-    from thinkclearly.config import DataArguments, ModelArguments
     from thinkclearly.data.inspect import inspect_dataset
     from thinkclearly.data.jsonl import write_jsonl
+    from thinkclearly.data.options import DataArguments
     from thinkclearly.data.sources import read_example, write_folder
-    from thinkclearly.splits import build_data
+    from thinkclearly.data.splits import build_data
+    from thinkclearly.training.methods import all_option_classes
+    from thinkclearly.training.options import ModelArguments
+    from thinkclearly.training.setup import build_checkpoint
 
     options = [ModelArguments, DataArguments, PrepareArguments]
-    parser = RecipeParser(options, skipped=jobs.TRAIN_OPTIONS, prog="thinkclearly prepare", description=__doc__)
+    parser = RecipeParser(options, skipped=all_option_classes(), prog="thinkclearly prepare", description=__doc__)
     model, data, output = parser.parse(argv)
     if output.export_folder and data.source in ("jsonl", "prepared"):
         raise ValueError(f"export_folder={output.export_folder!r} needs pictures, and {data.path} holds tokens only")
-    backbone = jobs.build_backbone(model)
-    prepared = build_data(data, backbone)
+    checkpoint = build_checkpoint(model)
+    prepared = build_data(data, checkpoint)
     if not PartialState().is_main_process:
         return
     if output.export_folder:
         count = write_folder(map(read_example, prepared.rows["train"]), output.export_folder)
         logger.info("%d samples in %s", count, output.export_folder)
     if output.jsonl:
-        write_jsonl(prepared.train, output.jsonl, backbone.model.config.vq_config.num_embeddings)
-    inspect_dataset(prepared.train, backbone, output.output_dir, pixel_tolerance=data.pixel_tolerance)
+        write_jsonl(prepared.train, output.jsonl, checkpoint.token_model.codebook_size)
+    inspect_dataset(prepared.train, checkpoint, output.output_dir, pixel_tolerance=data.pixel_tolerance)

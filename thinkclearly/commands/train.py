@@ -1,17 +1,20 @@
-"""Fine-tune with CLEAR: prepare, train (going on from the last checkpoint), evaluate, save."""
+"""Fine-tune by a method: prepare, train (going on from the last checkpoint), evaluate, save."""
 
 from __future__ import annotations
 
 import sys
 
-from thinkclearly import jobs
-from thinkclearly.recipe import RecipeParser
-
 
 def main(argv: list[str] | None = None) -> None:
-    options = RecipeParser(jobs.TRAIN_OPTIONS, prog="thinkclearly train", description=__doc__).parse(argv)
-    model, lora, _, clear, training, _ = options
-    if training.dry_run:
-        sys.stdout.write(jobs.estimate_memory(model, lora, clear, training))
+    from thinkclearly.training.methods import METHODS, parse_options
+
+    lines = "\n".join(f"  {name:6} {line}" for name, line in METHODS.items())
+    options, method = parse_options(argv, "thinkclearly train", f"{__doc__}\n\nMethods (--method NAME):\n{lines}")
+    if options.training.dry_run:
+        from thinkclearly.training.memory import estimate_memory
+
+        sys.stdout.write(estimate_memory(options, method))
     else:
-        jobs.train(*options)
+        from thinkclearly.training.run import train
+
+        train(options, method)

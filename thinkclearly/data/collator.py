@@ -86,7 +86,8 @@ class Collator:
         if answers:
             length = prompt.input_ids.shape[1]
             batch["word_rows"] = torch.tensor([k for k, ids in answers.items() for _ in ids])
-            batch["word_columns"] = torch.tensor([length - len(a) - 1 + j for a in answers.values() for j in range(len(a))])
+            columns = [torch.arange(length - len(ids) - 1, length - 1) for ids in answers.values()]
+            batch["word_columns"] = torch.cat(columns)
             batch["word_labels"] = torch.tensor([token for ids in answers.values() for token in ids])
         return batch
 
@@ -96,7 +97,9 @@ class Collator:
         if found is None:  # the data knows the identity alone
             found = np.repeat(codes[:1], len(self.vocabulary), axis=0) if len(codes) else None
         shape = len(self.vocabulary), self.processor.num_image_tokens
-        return torch.zeros(shape, dtype=torch.long) if found is None else torch.from_numpy(np.asarray(found, np.int64)).view(shape)
+        if found is None:
+            return torch.zeros(shape, dtype=torch.long)
+        return torch.from_numpy(np.asarray(found, np.int64)).view(shape)
 
     def _counted(self, rows: list[dict]) -> torch.Tensor:
         """Bool (D, N): which codes carry loss."""

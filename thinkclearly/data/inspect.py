@@ -20,7 +20,7 @@ from thinkclearly.data.prepare import unchanged
 from thinkclearly.files import write_json
 from thinkclearly.images import Letterbox, load_image, to_image
 from thinkclearly.instructions import InstructionVocabulary
-from thinkclearly.models.backbone import Backbone, decode_tokens
+from thinkclearly.models.load import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ MEANING = {
 
 def inspect_dataset(
     dataset: Dataset,
-    backbone: Backbone,
+    checkpoint: Checkpoint,
     directory: str | Path,
     examples: int = 8,
     seed: int = 0,
@@ -57,11 +57,11 @@ def inspect_dataset(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    codes = backbone.model.config.vq_config.num_embeddings
+    codes = checkpoint.token_model.codebook_size
     rows, counts = _measure(dataset, codes, pixel_tolerance)
     statistics = {
         "records": len(dataset),
-        "patches": backbone.processor.num_image_tokens,
+        "patches": checkpoint.processor.num_image_tokens,
         "pixel_tolerance": pixel_tolerance,
         "clear_ratio": {rule: _summary(values) for rule, values in rows.items() if rule in ("labels", *RULES)},
     }
@@ -76,7 +76,7 @@ def inspect_dataset(
     statistics["meaning"] = MEANING
     write_json(directory / "statistics.json", statistics)
     _plot(rows, statistics, directory / "statistics.png")
-    _draw_examples(dataset, backbone, codes, examples, seed, directory / "examples.png")
+    _draw_examples(dataset, checkpoint, codes, examples, seed, directory / "examples.png")
     logger.info(
         "%d records, %.0f%% CLEAR; statistics and examples in %s",
         len(dataset),
@@ -178,15 +178,15 @@ def _plot(rows: dict[str, np.ndarray], statistics: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _draw_examples(dataset: Dataset, backbone: Backbone, codes: int, examples: int, seed: int, path: Path) -> None:
+def _draw_examples(dataset: Dataset, checkpoint: Checkpoint, codes: int, examples: int, seed: int, path: Path) -> None:
     count = min(examples, len(dataset))
     if count == 0:
         return
     chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), count, replace=False))
-    grid = backbone.processor.grid
+    grid = checkpoint.processor.grid
     figure = Figure(figsize=(9, 3.3 * count), layout="constrained")
     for row, panels in zip(dataset.with_format(None).select(chosen), figure.subplots(count, 3, squeeze=False)):
-        source, target = _pictures(row, backbone, codes)
+        source, target = _pictures(row, checkpoint, codes)
         edited = np.asarray(row["output_tokens"]).reshape(grid, grid) < codes
         red = np.zeros((grid, grid, 4))
         red[edited] = (1, 0, 0, 0.5)
@@ -206,13 +206,13 @@ def _draw_examples(dataset: Dataset, backbone: Backbone, codes: int, examples: i
     figure.savefig(path, dpi=80)
 
 
-def _pictures(row: dict, backbone: Backbone, codes: int) -> tuple[Image.Image, Image.Image]:
+def _pictures(row: dict, checkpoint: Checkpoint, codes: int) -> tuple[Image.Image, Image.Image]:
     """Square source and target; what has no picture is decoded from its codes."""
     source = torch.tensor([row["input_tokens"]])
     labels = torch.tensor([row.get("target_tokens") or row["output_tokens"]])
     tokens = torch.cat([source, InstructionVocabulary(codes).remap(labels, source.unsqueeze(-2))])
-    decoded, target = map(to_image, decode_tokens(backbone.model, tokens.to(backbone.model.model.vqmodel.device)))
+    decoded, target = map(to_image, checkpoint.token_model.decode(tokens))
     if row.get("source") is None:
         return decoded, target
     picture = load_image(row["source"], f"{row.get('key')}: source")
-    return Letterbox(*picture.size, backbone.processor.image_size).fit(picture), target
+    return Letterbox(*picture.size, checkpoint.processor.image_size).fit(picture), target

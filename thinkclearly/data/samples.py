@@ -1,6 +1,6 @@
 """Records of supervised training: pictures from words, edits of one or several pictures, answers about pictures.
 
-Every reader returns the same columns (`SAMPLES`) with pictures still encoded; `read_sample` decodes and checks one row.
+Every reader returns the same columns (`SAMPLES`) with pictures still encoded; `read_sample` decodes and checks a row.
 Photo pairs for instruction tokens are `data.sources`'s. Knows nothing of squares, tokens or models.
 """
 
@@ -87,8 +87,7 @@ def sharegpt4o_samples(path: str | os.PathLike) -> datasets.Dataset:
                 "key": key,
                 "instruction": text_of(record.get("input_prompt"), key, "input_prompt"),
                 "sources": [{"path": str(picture), "bytes": None} for picture in pictures],
-                "target": target
-                and {"path": str(inside(path.parent, target, f"{key}: output_image")), "bytes": None},
+                "target": target and {"path": str(inside(path.parent, target, f"{key}: output_image")), "bytes": None},
                 "answer": None if answer is None else text_of(answer, key, "output_text"),
                 "session": None,
             }

@@ -107,7 +107,7 @@ def folder(path: str | os.PathLike) -> datasets.Dataset:
     rows = []
     for sample in samples:
         metadata = read_json(sample / "metadata.json", dict)
-        instruction = _text(metadata.get("instruction"), sample.name, "instruction")
+        instruction = text_of(metadata.get("instruction"), sample.name, "instruction")
         row = {"key": sample.name, "instruction": instruction, "session": None}
         for side in ("source", "target", "mask"):
             given = metadata.get(side, f"{side}.png")
@@ -115,7 +115,7 @@ def folder(path: str | os.PathLike) -> datasets.Dataset:
             absent = side == "mask" and side not in metadata and not picture.exists()
             row[side] = None if absent else {"path": str(picture), "bytes": None}
         rows.append(row)
-    return _of_files(rows)
+    return dataset_of_files(rows)
 
 
 def write_folder(examples: Iterable[EditExample], path: str | os.PathLike) -> int:
@@ -182,7 +182,7 @@ def sharegpt4o(path: str | os.PathLike, limit: int | None = None) -> datasets.Da
             rows.append(
                 {
                     "key": key,
-                    "instruction": _text(record.get("input_prompt"), key, "input_prompt"),
+                    "instruction": text_of(record.get("input_prompt"), key, "input_prompt"),
                     "source": {"path": str(source), "bytes": None},
                     "target": {"path": str(target), "bytes": None},
                     "mask": None,
@@ -197,16 +197,17 @@ def sharegpt4o(path: str | os.PathLike, limit: int | None = None) -> datasets.Da
         raise ValueError(
             f"{path}: no edit with one input image (skipped {without} text-to-image, {several} multi-image records)."
         )
-    return _of_files(rows)
+    return dataset_of_files(rows)
 
 
-def _of_files(rows: list[dict]) -> datasets.Dataset:
+def dataset_of_files(rows: list[dict], features: datasets.Features = FEATURES) -> datasets.Dataset:
     """Rows of paths. A picture that changes on disk changes the fingerprint, so that no `map` reuses stale results."""
-    paths = [row[side]["path"] for row in rows for side in ("source", "target", "mask") if row[side]]
+    pictures = [p for row in rows for p in [*row.get("sources", []), *map(row.get, ("source", "target", "mask"))] if p]
+    paths = [picture["path"] for picture in pictures]
     stamps = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, filter(os.path.exists, paths))]
     digest = hashlib.sha256(repr(stamps).encode()).hexdigest()
-    info = datasets.DatasetInfo(description=f"files {digest}", features=FEATURES)
-    return datasets.Dataset.from_list(rows, features=FEATURES, info=info)
+    info = datasets.DatasetInfo(description=f"files {digest}", features=features)
+    return datasets.Dataset.from_list(rows, features=features, info=info)
 
 
 def read_json(path: Path, kind: type):
@@ -221,7 +222,7 @@ def read_json(path: Path, kind: type):
     return content
 
 
-def _text(value, key: str, field: str) -> str:
+def text_of(value, key: str, field: str) -> str:
     """A missing text becomes "", which `read_example` refuses, so that one bad record can be skipped."""
     if value is not None and not isinstance(value, str):
         raise BadRecord(f"{key}: '{field}' is {type(value).__name__}, expected text.")

@@ -1,4 +1,4 @@
-"""Keys and values of rows that stand at different positions and can be written over; and of the row that tells nothing.
+"""Keys and values of rows that stand at different positions, and of the row that tells nothing.
 
 Knows nothing of pictures or acceptance: it is told where the next tokens of each row belong.
 """

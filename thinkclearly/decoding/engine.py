@@ -29,6 +29,7 @@ from thinkclearly.sequence import FULL, UNCOND
 GROWTH, MIN_BLOCK, MAX_BLOCK = 2.5, 8, 64
 SHRINK = 0.75  # the cache is copied without the finished samples once no more than this share goes on
 
+
 @dataclass
 class Decoded:
     """What the loop leaves behind; S samples, N positions.
@@ -291,7 +292,7 @@ class _Found:
 class _Chooser:
     """From hidden states of all rows to one class and code at each position of a block."""
 
-    def __init__(self, model: InstructionModel, settings: DecodeSettings, rows, samples, transformed, capacity, device):
+    def __init__(self, model, settings: DecodeSettings, rows, samples, transformed, capacity, device):
         self.model, self.settings, self.weights = model, settings, rows
         self.classes = model.vocabulary.num_classes
         self.filters = warpers(settings.temperature, settings.top_k, settings.top_p)
@@ -321,7 +322,8 @@ class _Chooser:
             guided[:, codebook:] += settings.clear_bias
             gate = gate_log_odds(guided, codebook)
             choice = draw(guided, noise, self.filters)
-            code = torch.where(self.model.vocabulary.is_instruction(choice), code, choice)  # top-k, top-p: one more class
+            # Top-k and top-p see the instructions here, too.
+            code = torch.where(self.model.vocabulary.is_instruction(choice), code, choice)
         elif self.may_copy:
             full, config = rows[FULL].flatten(0, 1), self.model.clear_config
             gate = gate_log_odds(full, codebook, config.clear_weight) + config.gate_bias

@@ -6,6 +6,7 @@ Works on pictures of any resolution. Knows nothing of models.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -28,6 +29,25 @@ def smooth_mask(clear: np.ndarray, ksize: int, passes: int) -> np.ndarray:
         votes = convolve(clear.astype(np.int32), np.ones((ksize, ksize), np.int32), mode="nearest")
         clear = votes >= ksize**2 // 2 + 1
     return clear
+
+
+def assemble(
+    source: Image.Image, pictures: Sequence[Image.Image], rows: np.ndarray, letterbox: Letterbox
+) -> Image.Image:
+    """The picture that instructed patches are copied from: the source, and where an instruction holds its transform.
+
+    Args:
+        pictures: each instruction's transform of the source, of its size and mode.
+        rows: int (g, g), number of the instruction that a patch has, -1 for none.
+    """
+    others = [(row, picture) for row, picture in enumerate(pictures) if picture is not source and (rows == row).any()]
+    if not others:
+        return source
+    base = np.asarray(source).copy()
+    for row, picture in others:
+        inside = letterbox.unfit_grid(rows == row)
+        base[inside] = np.asarray(picture)[inside]
+    return Image.fromarray(base, source.mode)
 
 
 def composite(

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
 import numpy as np
@@ -20,16 +20,16 @@ from transformers import GenerationMixin
 
 from thinkclearly.colour import painted, seen
 from thinkclearly.decoding.cache import masked_attention
-from thinkclearly.decoding.engine import Decoded, decode
+from thinkclearly.decoding.engine import Decoded, decode, guided_rows
 from thinkclearly.decoding.settings import DecodeSettings, check_seed
-from thinkclearly.editing.composite import composite, smooth_mask
+from thinkclearly.editing.composite import assemble, composite, smooth_mask
 from thinkclearly.editing.result import EditResult
 from thinkclearly.editing.settings import EditSettings
 from thinkclearly.images import Letterbox, load_image, load_photo, to_image
-from thinkclearly.models.backbone import decode_tokens, embed_prompt, encode_tokens, image_features
-from thinkclearly.models.clear_head import ClearEditModel
 from thinkclearly.models.fingerprint import fingerprint
-from thinkclearly.models.prompt import FULL, PART, UNCOND, ClearEditProcessor
+from thinkclearly.models.instruction_head import InstructionModel
+from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.sequence import Row, answering, drawing, named_rows
 
 logger = logging.getLogger(__name__)
 _RANDOM = threading.Lock()
@@ -39,12 +39,12 @@ class Editor:
     """A model that edits.
 
     Args:
-        model: Janus with a CLEAR head.
+        model: of any family; without instruction tokens it paints everything.
         processor: belongs to the same checkpoint.
         settings: defaults of `edit`; those stored with the checkpoint where not given.
     """
 
-    def __init__(self, model: ClearEditModel, processor: ClearEditProcessor, settings: EditSettings | None = None):
+    def __init__(self, model: InstructionModel, processor: JanusProcessor, settings: EditSettings | None = None):
         self.model, self.processor = model.eval(), processor
         try:
             self.settings = settings or _override(EditSettings(), model.clear_config.edit)
@@ -101,37 +101,36 @@ class Editor:
             _warn_once(note)
         boxes = [Letterbox(*source.size, self.processor.image_size) for source in sources]
         squares = [box.fit(seen(source)) for box, source in zip(boxes, sources)]
-        pixels = self.processor.pixel_values(squares).to(self.model.device)
-        source_tokens = encode_tokens(self.model.base, pixels)
-        features = image_features(self.model.base, pixels)
+        family, pixels = self.model.token_model, self.processor.pixel_values(squares).to(self.model.device)
+        source_tokens, features = family.encode(pixels), family.see(pixels)
+        originals = [self._original(*each) for each in zip(sources, boxes, source_tokens)]
         clock.lap("encode")
 
-        conditions = _conditions(settings)
-        picture = torch.arange(len(images), device=self.model.device).repeat_interleave(len(conditions))
-        prompt = self.processor.edit_rows(
-            [instruction for instruction in instructions for _ in conditions], conditions * len(images)
-        ).to(self.model.device)
-        embeds = embed_prompt(self.model.base, prompt, features[picture], source_tokens[picture])
+        rows = guided_rows(settings, has_source=True)
+        edits = [drawing(words.strip(), [i]) for i, words in enumerate(instructions)]
+        prompt = self.processor.rows(named_rows(edits, rows)).to(self.model.device)
         owner = [i for i in range(len(images)) for _ in range(num_images)]
         samples = [(seed, k) for _ in images for k in range(num_images)]
         n = self.processor.num_image_tokens
         decoded = decode(
             self.model,
-            embeds,
+            family.embed_prompt(prompt, features, source_tokens),
             prompt.attention_mask,
             n,
             settings,
-            source_tokens=source_tokens.repeat_interleave(num_images, dim=0),
+            rows=rows,
             samples=samples,
             per_prompt=num_images,
+            source_tokens=source_tokens.repeat_interleave(num_images, dim=0),
+            transformed=torch.stack([o.codes for o in originals]).repeat_interleave(num_images, dim=0),
             on_step=None if progress is None else lambda done: progress(done, n),
         )
         clock.lap("decode")
-        drawn = _to_images(self.model, decoded.tokens)
+        drawn = _to_images(self.model, decoded.fed_codes)
         clock.lap("pictures")
         further = _Further(self.model, {"codes": decoded.codes, "source_tokens": source_tokens})
         results = [
-            self._result(k, i, decoded, source_tokens[i], drawn[k], further, sources[i], boxes[i], settings)
+            self._result(k, i, decoded, source_tokens[i], drawn[k], further, originals[i], settings)
             for k, i in enumerate(owner)
         ]
         clock.lap("composite")
@@ -140,21 +139,39 @@ class Editor:
             result.seconds = clock.laps
         return results
 
+    def _original(self, source: Image.Image, box: Letterbox, source_tokens: torch.Tensor) -> _Original:
+        """The source with each instruction's transform of it, as pictures and as codes."""
+        vocabulary, device = self.model.vocabulary, source_tokens.device
+        pictures = vocabulary.transforms(source)
+        codes = [source_tokens] * len(pictures)
+        for i, picture in enumerate(pictures):
+            if picture is not source:
+                square = self.processor.pixel_values([box.fit(seen(picture))]).to(device)
+                codes[i] = self.model.token_model.encode(square)[0]
+        n = self.processor.num_image_tokens
+        return _Original(source, box, pictures, torch.stack(codes) if codes else source_tokens.new_zeros(0, n))
+
     def _result(
-        self, k, i, decoded: Decoded, source_tokens, drawn, further: _Further, source, box: Letterbox, settings
+        self, k, i, decoded: Decoded, source_tokens, drawn, further: _Further, original: _Original, settings
     ) -> EditResult:
-        grid, token_composite, place = self.processor.grid, box.unfit(drawn), {"codes": k, "source_tokens": i}
-        chosen = self.model.vocabulary.is_instruction(decoded.ids[k]).view(grid, grid).cpu().numpy()
-        clear = smooth_mask(chosen, settings.mask_smooth_ksize, settings.mask_smooth_passes)
+        source, box, grid = original.source, original.box, self.processor.grid
+        token_composite, place = box.unfit(drawn), {"codes": k, "source_tokens": i}
+        rows = self.model.vocabulary.rows(decoded.class_ids[k]).view(grid, grid).cpu().numpy()
+        chosen = rows >= 0
+        copied = smooth_mask(chosen, settings.mask_smooth_ksize, settings.mask_smooth_passes)
+        base, clear = assemble(source, original.pictures, np.where(copied, rows, -1), box), copied.copy()
+        for row, picture in enumerate(original.pictures):
+            clear &= (rows != row) | (picture is source)
         edited = painted(token_composite, source)
-        image, kept = composite(source, edited, clear, box, settings.feather_radius_px, settings.feather)
+        image, kept = composite(base, edited, copied, box, settings.feather_radius_px, settings.feather)
+        kept &= box.unfit_grid(clear)
         return EditResult(
             image=image,
             token_composite=token_composite,
             source=source,
             mask=Image.fromarray(np.uint8(kept) * 255),
-            class_ids=decoded.ids[k].cpu(),
-            fed_codes=decoded.tokens[k].cpu(),
+            class_ids=decoded.class_ids[k].cpu(),
+            fed_codes=decoded.fed_codes[k].cpu(),
             codes=decoded.codes[k].cpu(),
             source_tokens=source_tokens.cpu(),
             gate=decoded.gate[k].cpu(),
@@ -188,20 +205,21 @@ class Editor:
         settings = _override(self.settings, overrides)
         _check_count("num_images", num_images)
         check_seed(seed)
-        conditions = _conditions(replace(settings, cfg_weight2=0.0))  # there is no picture to leave out
-        rows = self.processor.generate_rows([prompt] * len(conditions), conditions).to(self.model.device)
+        weights = guided_rows(settings, has_source=False)
+        rows = self.processor.rows(named_rows([drawing(prompt.strip())], weights)).to(self.model.device)
         n = self.processor.num_image_tokens
         decoded = decode(
             self.model,
-            embed_prompt(self.model.base, rows),
+            self.model.token_model.embed_prompt(rows),
             rows.attention_mask,
             n,
             settings,
+            rows=weights,
             samples=[(seed, k) for k in range(num_images)],
             per_prompt=num_images,
             on_step=None if progress is None else lambda done: progress(done, n),
         )
-        return _to_images(self.model, decoded.tokens)
+        return _to_images(self.model, decoded.fed_codes)
 
     @torch.inference_mode()
     def describe(
@@ -224,17 +242,17 @@ class Editor:
             raise ValueError(f"num_answers={num_answers} at temperature 0 would all be the same; set a temperature")
         source = load_image(image)
         square = Letterbox(*source.size, self.processor.image_size).fit(source)
-        rows = self.processor.describe_rows([question]).to(self.model.device)
-        features = image_features(self.model.base, self.processor.pixel_values([square]).to(self.model.device))
+        rows = self.processor.rows([Row(answering(question.strip(), [0]))]).to(self.model.device)
+        features = self.model.token_model.see(self.processor.pixel_values([square]).to(self.model.device))
         sampling = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        attention = masked_attention(self.model.base.model.language_model)  # another thread may be editing
+        attention = masked_attention(self.model.token_model.language_model)  # another thread may be editing
         with attention, _random_numbers(seed) if temperature > 0 else nullcontext():
             # Not Janus' own generate, which only adds warnings where words are asked for.
             ids = GenerationMixin.generate(
                 self.model.base,
-                inputs_embeds=embed_prompt(self.model.base, rows, features),
+                inputs_embeds=self.model.token_model.embed_prompt(rows, features),
                 attention_mask=rows.attention_mask,
                 max_new_tokens=max_new_tokens,
                 num_return_sequences=num_answers,
@@ -253,13 +271,6 @@ def _override(settings: EditSettings, overrides: dict) -> EditSettings:
     if unknown:
         raise TypeError(f"Unknown settings {unknown}; choose from {sorted(known)}")
     return replace(settings, **overrides)
-
-
-def _conditions(settings: DecodeSettings) -> list[int]:
-    """The guidance rows that have a weight: decoding a row only to multiply it by 0 would be waste."""
-    if settings.use_cfg and settings.cfg_weight2:
-        return [FULL, PART, UNCOND]
-    return [FULL, UNCOND] if settings.use_cfg and settings.cfg_weight != 1 else [FULL]
 
 
 @contextmanager
@@ -289,14 +300,24 @@ def _check_count(name: str, value: int) -> None:
         raise ValueError(f"{name}={value}; expected 1 or more")
 
 
-def _to_images(model: ClearEditModel, tokens: torch.Tensor) -> list[Image.Image]:
-    return [to_image(pixels) for pixels in decode_tokens(model.base, tokens).cpu()]
+def _to_images(model: InstructionModel, tokens: torch.Tensor) -> list[Image.Image]:
+    return [to_image(pixels) for pixels in model.token_model.decode(tokens).cpu()]
+
+
+@dataclass
+class _Original:
+    """A picture to edit: what its patches can be copied from."""
+
+    source: Image.Image
+    box: Letterbox
+    pictures: list[Image.Image]  # each instruction's transform of the source
+    codes: torch.Tensor  # long (I, N), theirs
 
 
 class _Further:
     """Pictures that few ask for, decoded for the whole batch when the first of a kind is."""
 
-    def __init__(self, model: ClearEditModel, tokens: dict[str, torch.Tensor]):
+    def __init__(self, model: InstructionModel, tokens: dict[str, torch.Tensor]):
         self.model, self.tokens, self.pictures = model, {kind: t.cpu() for kind, t in tokens.items()}, {}
 
     def __call__(self, kind: str) -> list[Image.Image]:

@@ -20,7 +20,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from thinkclearly.config import is_local
 from thinkclearly.data.benchmarks import PIE_SIDE, SESSIONS_FILE, decode_mask, magicbrush_turns, pie_bench
 from thinkclearly.data.sources import BadRecord, read_example
 from thinkclearly.decoding.settings import check_seed
@@ -29,9 +28,9 @@ from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation import field
 from thinkclearly.evaluation.benchmark_report import report
 from thinkclearly.evaluation.towers import Clip, Dino
-from thinkclearly.files import strict, write_json, write_text
+from thinkclearly.files import is_local, strict, write_json, write_text
 from thinkclearly.images import MASK_THRESHOLD, ImageError, load_image
-from thinkclearly.models.clear_head import head_digest
+from thinkclearly.models.instruction_head import head_digest
 from thinkclearly.recipe import check_choice, option
 
 logger = logging.getLogger(__name__)

@@ -1,18 +1,23 @@
 """Runs an editor over held-out edits and says how well it did: pictures, CLEAR masks, and whether the edit was done.
 
-Takes anything with `edit_many` and a processor; knows nothing of recipes or files.
+Knows nothing of training or files.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
-from thinkclearly.data.sources import EditExample
+from thinkclearly.data.options import DataArguments
+from thinkclearly.data.shapes import random_edit
+from thinkclearly.data.sources import EditExample, photos_of, read_example
+from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import calibrated_log_odds
 from thinkclearly.evaluation.metrics import (
     aggregate_clear_metrics,
@@ -170,3 +175,26 @@ def _report(example: EditExample, result, done: bool | None, score: float) -> di
         "target": example.target,
         "note": note,
     }
+
+
+def judge_shapes(photos_folder: str | None = None):
+    """A judge for the built-in shapes of "test": (key, picture) → whether the edit that the key names is done."""
+    photos = tuple(photos_of("test", photos_folder))
+
+    def judge(key: str, picture: Image.Image) -> bool:
+        seed, number = map(int, re.fullmatch(r"shapes\[(\d+):(\d+)\]", key).groups())
+        return random_edit(seed, number, photos).is_done(picture)
+
+    return judge
+
+
+def evaluate_rows(editor: Editor, rows: Dataset, data: DataArguments, batch_size: int) -> Evaluation:
+    """Edits held-out pairs and measures; see `evaluation.edits`."""
+    return evaluate_edits(
+        editor,
+        (read_example(row) for row in rows),
+        judge=judge_shapes(data.photos_folder) if data.source == "shapes" else None,
+        pixel_tolerance=data.pixel_tolerance,
+        batch_size=batch_size,
+        total=len(rows),
+    )

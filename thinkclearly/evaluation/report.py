@@ -8,11 +8,13 @@ from __future__ import annotations
 import base64
 import io
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from thinkclearly.evaluation.curves import calibration_curve, training_curves
@@ -211,3 +213,10 @@ def _figure(label: str, picture: Image.Image, detail: str = "", exact: bool = Fa
 
 def _svg_uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def machine() -> str:
+    """The machine in words, for reports."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

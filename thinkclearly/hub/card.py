@@ -16,11 +16,17 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from thinkclearly.config import is_local
-from thinkclearly.data.prepare import Preparation
+from thinkclearly.data.encode import Preparation
 from thinkclearly.evaluation.benchmark import SHARED_FOLDER
 from thinkclearly.evaluation.benchmark_report import eval_results
-from thinkclearly.models.clear_head import ADAPTER_FILE, HEAD_FILE, head_digest, read_base_name, read_clear_config
+from thinkclearly.files import is_local
+from thinkclearly.models.instruction_head import (
+    ADAPTER_FILE,
+    HEAD_FILE,
+    head_digest,
+    read_base_name,
+    read_clear_config,
+)
 from thinkclearly.models.weight_files import read_tensors
 from thinkclearly.recipe import LEFT_OUT
 

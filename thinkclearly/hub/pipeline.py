@@ -23,9 +23,9 @@ from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.result import EditResult
 from thinkclearly.editing.settings import EditSettings
 from thinkclearly.images import ImageError, load_photo
-from thinkclearly.models.clear_head import ClearEditModel
-from thinkclearly.models.prompt import ClearEditProcessor
-from thinkclearly.training.adapters import SHIPPED, TINY_CLEAR, load_clear_model
+from thinkclearly.models.finetunes import SHIPPED, TINY_CLEAR, load_clear_model
+from thinkclearly.models.instruction_head import InstructionModel
+from thinkclearly.models.janus.processor import JanusProcessor
 
 TASK = "clear-edit"
 DEFAULT_MODEL = TINY_CLEAR
@@ -96,7 +96,7 @@ class ClearEditPipeline(Pipeline):
     ```
 
     Args:
-        model: a `ClearEditModel`, as `pipeline()` loads it.
+        model: a `InstructionModel`, as `pipeline()` loads it.
         processor: belongs to the same checkpoint; the one that came with the model where not given.
         kwargs: the Pipeline's own, and defaults for the parameters of a call.
     """
@@ -104,12 +104,12 @@ class ClearEditPipeline(Pipeline):
     _load_processor = _load_image_processor = _load_feature_extractor = _load_tokenizer = False
     _load_video_processor = False
 
-    def __init__(self, model: ClearEditModel, processor: ClearEditProcessor | None = None, **kwargs):
+    def __init__(self, model: InstructionModel, processor: JanusProcessor | None = None, **kwargs):
         processor = processor or getattr(model, "processor", None)
-        if not isinstance(model, ClearEditModel) or processor is None:
+        if not isinstance(model, InstructionModel) or processor is None:
             raise TypeError(
                 f"{type(model).__name__} {'without a processor ' if processor is None else ''}cannot edit; give "
-                "pipeline() the name of a fine-tune, or a ClearEditModel with processor="
+                "pipeline() the name of a fine-tune, or a InstructionModel with processor="
             )
         super().__init__(model=model, processor=processor, **kwargs)
         self.editor = Editor(model, processor)
@@ -215,7 +215,7 @@ class ClearEditLoader:
     """What `pipeline()` calls to load a model by name."""
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, **kwargs) -> ClearEditModel:
+    def from_pretrained(cls, name_or_path: str, **kwargs) -> InstructionModel:
         """Loads a fine-tune, with its processor as the attribute `processor`.
 
         Args:

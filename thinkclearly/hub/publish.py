@@ -17,15 +17,14 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 
-from thinkclearly.config import is_local
-from thinkclearly.data.prepare import INFO_FILE, Preparation
-from thinkclearly.files import write_json, write_text
+from thinkclearly.data.encode import DATASET_FILES, INFO_FILE, Preparation
+from thinkclearly.files import is_local, write_json, write_text
 from thinkclearly.hub.card import (
     CARD_FILE,
     RECIPE_FILE,
@@ -37,11 +36,10 @@ from thinkclearly.hub.card import (
     run_of,
     step_of,
 )
-from thinkclearly.models.backbone import TINY
-from thinkclearly.models.checkpoint import export_deepseek
-from thinkclearly.models.clear_head import ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, LOCAL_BASE, read_base_name
-from thinkclearly.models.original_finetune import write_original_finetune
-from thinkclearly.training.adapters import load_clear_model
+from thinkclearly.models.finetunes import load_clear_model
+from thinkclearly.models.instruction_head import ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, LOCAL_BASE, read_base_name
+from thinkclearly.models.janus.checkpoint import TINY, export_deepseek
+from thinkclearly.models.janus.original_finetune import write_original_finetune
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +53,6 @@ WEIGHT_FILES = (
     *(ADAPTER_FILE, "adapter_model.safetensors", "generation_config.json", "model.safetensors"),
     *("model-*-of-*.safetensors", "model.safetensors.index.json"),
 )
-_SHARD = "shard-?????-of-?????"
-DATASET_FILES = (f"{_SHARD}/data-*.arrow", f"{_SHARD}/dataset_info.json", f"{_SHARD}/state.json")
 # What a push replaces: an older one's files that it does not bring itself go, others' stay.
 REPLACED = {
     "model": (
@@ -302,15 +298,15 @@ def pipeline_config(base_config: dict) -> dict:
     """
     impl = f"{PIPELINE_FILE.removesuffix('.py')}.ClearEditPipeline"
     pipelines = {"clear-edit": {"impl": impl, "pt": [], "type": "multimodal"}}
-    return {**base_config, "architectures": ["ClearEditModel"], "custom_pipelines": pipelines}
+    return {**base_config, "architectures": ["InstructionModel"], "custom_pipelines": pipelines}
 
 
 def merge(directory: Path, folder: Path, layout: str, dtype: torch.dtype, max_shard_size: str) -> None:
     """Whole weights of a fine-tune, LoRA added in, with CLEAR head and processor; peak memory is one copy of them."""
     model, processor = load_clear_model(directory, dtype=dtype)
     source = model.base.name_or_path
-    if isinstance(model.janus, PeftModel):
-        model.janus = model.janus.merge_and_unload()
+    if isinstance(model.network, PeftModel):
+        model.network = model.network.merge_and_unload()
     if layout == "deepseek":
         # The tokenizer files as they are: transformers 5 would write a class that DeepSeek's code does not find.
         export_deepseek(model.base, folder, processor_source=source, max_shard_size=max_shard_size)
@@ -330,22 +326,6 @@ def check_publishable(folder: Path) -> None:
             raise ValueError(f"{path.name} holds what looks like a Hub token; take it out before the folder is pushed")
         if path.suffix == ".json" and (found := _LOCAL_PATH.search(text)):
             raise ValueError(f"{path.name} holds {found[1]}, a path of this machine; take it out or write a Hub id")
-
-
-def pull_dataset(name_or_path: str, revision: str | None = None, token: str | None = None) -> Path:
-    """The folder of prepared data, `load_encoded` reads it: a local one, or a data set from the Hub."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    wanted = [INFO_FILE, *DATASET_FILES]
-    folder = Path(
-        snapshot_download(name_or_path, repo_type="dataset", revision=revision, token=token, allow_patterns=wanted)
-    )
-    if not (folder / INFO_FILE).is_file():
-        raise FileNotFoundError(
-            f"The data set {name_or_path} has no {INFO_FILE}: it was not written by `thinkclearly push`. Read photo "
-            "pairs from the Hub with --source magicbrush."
-        )
-    return folder
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from transformers.utils import PushInProgress
 
 from thinkclearly.hub.card import write_card
 from thinkclearly.hub.publish import staged, staged_checkpoint, upload
-from thinkclearly.training.trainer import ClearEditTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +25,8 @@ CHECKPOINTS = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 _FAILED = "Pushing a checkpoint failed, training goes on: %s"
 
 
-class PublishingTrainer(ClearEditTrainer):
-    """A `ClearEditTrainer` whose `hub_model_id`, `hub_strategy`, `hub_private_repo`, `hub_revision` and `hub_token`
+class PublishingTrainer:
+    """A mixin before a Trainer: its `hub_model_id`, `hub_strategy`, `hub_private_repo`, `hub_revision` and `hub_token`
     work as the Trainer's, but which uploads a fine-tune's files and card only: the Trainer would add its arguments,
     logs and whatever else lies in `output_dir`.
 

@@ -129,7 +129,28 @@ def load_base(name_or_path: str, **kwargs) -> tuple[InstructionModel, JanusProce
     """A base model without CLEAR head: draws, describes and edits, but never copies."""
     checkpoint = load_checkpoint(name_or_path, **kwargs)
     codes = checkpoint.token_model.codebook_size
-    return _ready(InstructionModel(checkpoint.network, ClearConfig(codes, instructions=[])), checkpoint), checkpoint.processor
+    model = InstructionModel(checkpoint.network, ClearConfig(codes, instructions=[]))
+    return _ready(model, checkpoint), checkpoint.processor
+
+
+def load_any(
+    name_or_path: str | Path, *, base: str | Path | None = None, **kwargs
+) -> tuple[InstructionModel, JanusProcessor]:
+    """A base model where there are only its own files, else a fine-tune.
+
+    Args:
+        base: as for `load_clear_model`; an error for a base model.
+        kwargs: as for `load_clear_model`.
+    """
+    name = str(name_or_path)
+    hub = {name: kwargs.get(name) for name in ("revision", "token")}
+    directory = None if name == "tiny" else resolve(name, **hub)
+    finetuned = directory and ((directory / CONFIG_FILE).is_file() or is_original_finetune(directory))
+    if finetuned or (directory and not (directory / "config.json").is_file()):
+        return load_clear_model(name, base=base, merge=True, **kwargs)
+    if base:
+        raise ValueError(f"{name} is a base model, not a fine-tune; leave out base={base}")
+    return load_base(name, **kwargs)
 
 
 @contextmanager

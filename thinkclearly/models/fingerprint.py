@@ -10,12 +10,12 @@ from dataclasses import asdict
 
 import torch
 
-from thinkclearly.models.clear_head import ClearEditModel
+from thinkclearly.models.instruction_head import InstructionModel
 
 SAMPLES = 4096  # values that are read of each tensor
 
 
-def fingerprint(model: ClearEditModel) -> dict:
+def fingerprint(model: InstructionModel) -> dict:
     """Names a model as it is loaded: another base, adapter, head, gate or precision gives other answers.
 
     Of every weight, `SAMPLES` values spread over it are hashed: training changes them all, and reading the whole of a

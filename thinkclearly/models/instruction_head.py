@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from thinkclearly.config import is_local
-from thinkclearly.files import replacing_in, write_json, write_text
+from thinkclearly.files import is_local, replacing_in, write_json, write_text
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.config_files import read_config, read_json
 from thinkclearly.models.cross_entropy import Scores, score_hidden, score_words

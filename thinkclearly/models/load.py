@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from thinkclearly.models.janus.checkpoint import TINY, load_janus
+from thinkclearly.models.janus.meta import empty_janus
 from thinkclearly.models.janus.model import Janus
 from thinkclearly.models.janus.processor import JanusProcessor
 from thinkclearly.models.protocol import TokenModel
@@ -31,7 +32,9 @@ def token_model(network: PreTrainedModel) -> TokenModel:
     raise ValueError(f"model_type {network.config.model_type!r}; expected 'janus'")
 
 
-def load_checkpoint(name_or_path: str, *, revision: str | None = None, token: str | None = None, **kwargs) -> Checkpoint:
+def load_checkpoint(
+    name_or_path: str, *, revision: str | None = None, token: str | None = None, **kwargs
+) -> Checkpoint:
     """Loads a native or DeepSeek-format Janus checkpoint with its processor.
 
     Args:
@@ -44,8 +47,8 @@ def load_checkpoint(name_or_path: str, *, revision: str | None = None, token: st
     path = str(TINY) if name_or_path == "tiny" else str(name_or_path)
     processor = JanusProcessor.from_pretrained(path, revision=revision, token=token)
     network = load_janus(path, revision=revision, token=token, **kwargs)
-    vision = network.config.vision_config
-    expected = vision.image_size, (vision.image_size // vision.patch_size) ** 2
+    family = token_model(network)
+    expected = family.image_size, family.grid**2
     found = processor.image_size, processor.num_image_tokens
     if found != expected:
         raise ValueError(
@@ -53,3 +56,8 @@ def load_checkpoint(name_or_path: str, *, revision: str | None = None, token: st
             f"a picture, the model has {expected[0]} and {expected[1]}. Get the files that belong together."
         )
     return Checkpoint(network.eval(), processor)
+
+
+def load_empty(name_or_path: str, revision: str | None = None) -> PreTrainedModel:
+    """The model that a checkpoint's `config.json` describes, on the meta device; see `empty_janus`."""
+    return empty_janus(name_or_path, revision)

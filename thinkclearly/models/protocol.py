@@ -46,7 +46,7 @@ class TokenModel(Protocol):
         language_model: `inputs_embeds`, `attention_mask`, `position_ids` and a `Cache` to hidden states (B, L, H).
         codebook_size: K.
         hidden_size: H.
-        grid: patches along a side of a picture.
+        grid, image_size: patches and pixels along a side of a picture.
         learning_parts: names among `parts()` of what LoRA adapts and full fine-tuning trains unless told otherwise.
         tokenizer_part, tower_part: names among `parts()` of the image tokenizer, which never learns, and of what `see`
             runs.
@@ -57,6 +57,7 @@ class TokenModel(Protocol):
     codebook_size: int
     hidden_size: int
     grid: int
+    image_size: int
     learning_parts: tuple[str, ...]
     tokenizer_part: str
     tower_part: str
@@ -68,12 +69,12 @@ class TokenModel(Protocol):
         """Codes, long (B, N), to pictures, float32 (B, 3, S, S), about [-1, 1], not clipped."""
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pictures, float (B, 3, S, S), to what the frozen part of the understanding tower makes of them: (B, N, W)."""
+        """Pictures, float (B, 3, S, S), to what the understanding tower makes of them: (B, N, W)."""
 
     def embed_prompt(
         self, prompt: PromptBatch, features: torch.Tensor | None = None, codes: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Embedded rows (B, L, H) with features (M, N, W) and codes (M, N) of the batch's M pictures in their slots."""
+        """Rows (B, L, H) with features (M, N, W) and codes (M, N) of the batch's M pictures in their slots."""
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes, long (B, n), as the language model reads them: (B, n, H)."""

@@ -1,4 +1,4 @@
-"""A language model in 8 or 4 bits, and nothing else of the model. Knows nothing of files."""
+"""Weights in 8 or 4 bits. Knows nothing of files, nor which parts a family spares."""
 
 from __future__ import annotations
 
@@ -29,14 +29,12 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def language_model_alone(config):
-    """A copy of a quantization config of transformers, or of its dict, that spares all but the language model.
+def spare(config, modules: list[str]):
+    """A copy of a quantization config of transformers, or of its dict, that spares these modules.
 
     Where it names `llm_int8_skip_modules` itself, or knows no such thing, it stays the same.
     """
     config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config)
     if getattr(config, "llm_int8_skip_modules", ()) is None:
-        parts = "vision_model aligner vqmodel generation_embeddings generation_aligner generation_head".split()
-        # By their whole names: transformers matches from the start of a module's name.
-        config.llm_int8_skip_modules = [*(f"model.{part}" for part in parts), "lm_head"]
+        config.llm_int8_skip_modules = modules
     return config

@@ -22,8 +22,9 @@ def add_lora(
         parts: names of `TokenModel.parts()` whose linear layers are adapted; the family's `learning_parts` if empty.
         lora: fields of `peft.LoraConfig` (`r`, `lora_alpha`, `lora_dropout`, `use_dora`, `use_rslora`, …).
     """
+    config_of_lora = LoraConfig(target_modules=lora_targets(checkpoint, parts), **lora)
     with without_old_name():
-        network = get_peft_model(checkpoint.network, LoraConfig(target_modules=lora_targets(checkpoint, parts), **lora))
+        network = get_peft_model(checkpoint.network, config_of_lora)
     network.peft_config["default"].base_model_name_or_path = base_name
     return InstructionModel(network, config)
 

@@ -15,7 +15,7 @@ from accelerate.utils import reduce
 from PIL import Image
 from transformers import TrainerCallback
 
-from thinkclearly.data.collator import EditCollator
+from thinkclearly.data.collator import Collator
 from thinkclearly.files import replacing
 
 try:
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class EpochOfDropout(TrainerCallback):
     """Tells the collator which epoch it is in, so that a record is dropped anew each time it is seen."""
 
-    def __init__(self, collator: EditCollator):
+    def __init__(self, collator: Collator):
         self.collator = collator
 
     def on_epoch_begin(self, args, state, control, **kwargs):

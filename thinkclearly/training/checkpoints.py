@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from thinkclearly.config import ClearTrainingArguments
 from thinkclearly.files import write_text
-from thinkclearly.models.clear_head import CONFIG_FILE, HEAD_FILE
+from thinkclearly.models.instruction_head import CONFIG_FILE, HEAD_FILE
+from thinkclearly.training.options import RunArguments
 from thinkclearly.training.runs import RUN_FILE, Run, allowed_changes, check_unchanged, read_run
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class EarlierRun:
         ValueError: `resume_from_checkpoint` is no whole checkpoint of ours.
     """
 
-    def __init__(self, training: ClearTrainingArguments):
+    def __init__(self, training: RunArguments):
         self.output, self.checkpoint, self.run = Path(training.output_dir), None, None
         if training.overwrite_output_dir:
             return

@@ -160,12 +160,17 @@ class ClearEditTrainer(SupervisedTrainer):
 Trainer = ClearEditTrainer
 
 
+def instructions(options: Options) -> list[str]:
+    """Instruction tokens of the model that `build` makes."""
+    return options.method.instructions
+
+
 def read_data(options: Options, checkpoint: Checkpoint) -> PreparedData:
     """Edits in three parts that share no picture."""
     return build_data(options.data, checkpoint, instructions=options.method.instructions)
 
 
-def build(options: Options, checkpoint: Checkpoint, data: PreparedData, kind: type[ClearEditTrainer]) -> ClearEditTrainer:
+def build(options: Options, checkpoint: Checkpoint, data: PreparedData, kind: type) -> ClearEditTrainer:
     """A trainer with the objective that the options describe."""
     clear = options.method
     config = new_config(checkpoint, options.settings, instructions=clear.instructions, clear_weight=clear.clear_weight)

@@ -1,7 +1,7 @@
 """The memory that a training run will need, component by component, counted without weights.
 
 Parameters come from a model on the meta device; activations from a forward pass over tensors that have a shape and no
-memory, which tells what autograd would keep. Knows nothing of recipes.
+memory, which tells what autograd would keep.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses import FakeTensorMode
-from transformers import JanusConfig
 
-from thinkclearly.models.clear_head import ClearEditModel
-from thinkclearly.models.scores import chunk_length
+from thinkclearly.models.cross_entropy import chunk_length
+from thinkclearly.models.instruction_head import ClearConfig, InstructionModel
+from thinkclearly.models.load import Checkpoint, load_empty
+from thinkclearly.models.protocol import TokenModel
+from thinkclearly.training.options import Options
+from thinkclearly.training.setup import build_model
 
 WORDS = 64  # tokens of instruction and template beside the picture's and the source's slots
 NF4 = 0.5 + (1 + 4 / 256) / 64  # bytes a weight: 4 bits, and doubly quantized scales of 64 weights each
@@ -29,30 +32,30 @@ class Part:
     bytes: float
 
 
-def weights(model: ClearEditModel, dtype: torch.dtype, in_4bit: bool = False) -> list[Part]:
+def weights(model: InstructionModel, dtype: torch.dtype, in_4bit: bool = False) -> list[Part]:
     """The weights of each part of the base, the adapter and the CLEAR head.
 
     Args:
         model: on the meta device.
-        dtype: of the base; the VQ model is float32 anyway, and so are LoRA and the CLEAR head.
+        dtype: of the base; the image tokenizer is float32 anyway, and so are LoRA and the CLEAR head.
         in_4bit: whether the language model's frozen matrices are.
     """
     parts: dict[str, Part] = {}
-    for name, parameter in model.base.named_parameters():
-        part = name.split(".")[1] if name.startswith("model.") else name.split(".")[0]
-        small = in_4bit and part == "language_model" and ".layers." in name and parameter.ndim == 2
-        size = NF4 if small else dtype.itemsize
-        if "lora_" in name or part == "vqmodel":
-            part, size = ("LoRA" if "lora_" in name else part), 4
-        row = parts.setdefault(part, Part(part, 0, 0))
-        row.parameters += parameter.numel()
-        row.bytes += parameter.numel() * size
+    family = model.token_model
+    for part, module in family.parts().items():
+        for name, parameter in module.named_parameters():
+            small = in_4bit and module is family.language_model and ".layers." in f".{name}" and parameter.ndim == 2
+            lora = "lora_" in name
+            size = 4 if lora or part == family.tokenizer_part else NF4 if small else dtype.itemsize
+            row = parts.setdefault("LoRA" if lora else part, Part("LoRA" if lora else part, 0, 0))
+            row.parameters += parameter.numel()
+            row.bytes += parameter.numel() * size
     count = sum(p.numel() for p in model.clear_head.parameters())
     lora = [parts.pop("LoRA")] if "LoRA" in parts else []
     return [*parts.values(), *lora, Part("CLEAR head", count, 4 * count)]
 
 
-def learning(model: ClearEditModel, dtype: torch.dtype, state_bytes: int | None = None) -> list[Part]:
+def learning(model: InstructionModel, dtype: torch.dtype, state_bytes: int | None = None) -> list[Part]:
     """Gradients, and AdamW's two states of each trainable parameter: `state_bytes` each, else of the weight's type."""
     count, total = 0, 0
     for name, parameter in model.named_parameters():
@@ -66,7 +69,7 @@ def learning(model: ClearEditModel, dtype: torch.dtype, state_bytes: int | None 
 
 
 def activations(
-    model: ClearEditModel, batch_size: int, autocast: torch.dtype | None, checkpointing: bool
+    model: InstructionModel, batch_size: int, autocast: torch.dtype | None, checkpointing: bool
 ) -> list[Part]:
     """What the forward pass keeps for the backward pass, for one batch on one device.
 
@@ -75,8 +78,8 @@ def activations(
         autocast: type of mixed precision, if any.
         checkpointing: only the inputs of the layers are kept; one layer at a time is computed again.
     """
-    config = model.config
-    n = config.vision_config.num_image_tokens
+    family = model.token_model
+    n = family.grid**2
     kept: dict[int, torch.UntypedStorage] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").train()
@@ -87,7 +90,7 @@ def activations(
             kept[storage._cdata] = storage
             return tensor
 
-        batch = example_batch(config, batch_size)
+        batch = example_batch(family, batch_size)
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
@@ -98,23 +101,25 @@ def activations(
     # The last chunk's softmax is among what is kept, the rest of its three parts comes when the backward pass begins.
     softmax = 4 * classes * (positions - length * ((positions - 1) // length))
     total = sum(storage.nbytes() for key, storage in kept.items() if key not in own) - softmax
-    layers = config.text_config.num_hidden_layers
+    layers = family.language_model.config.num_hidden_layers
     if checkpointing:
-        inputs = layers * batch_size * (3 * n + WORDS - 1) * config.text_config.hidden_size
+        inputs = layers * batch_size * (3 * n + WORDS - 1) * family.hidden_size
         total = inputs * (autocast or model.base.dtype).itemsize + total / layers
     return [Part("activations", None, total), Part("logits, softmax, gradient", None, 3 * 4 * classes * length)]
 
 
-def example_batch(config: JanusConfig, batch_size: int) -> dict[str, torch.Tensor]:
-    """The inputs of `ClearEditModel.forward` for one batch, all zeros, with `WORDS` tokens beside the slots."""
-    n, side = config.vision_config.num_image_tokens, config.vision_config.image_size
-    ids, codes = (torch.zeros(batch_size, length, dtype=torch.long) for length in (2 * n + WORDS, n))
-    slot = torch.zeros(batch_size, dtype=torch.long)
+def example_batch(family: TokenModel, batch_size: int) -> dict[str, torch.Tensor]:
+    """The inputs of `InstructionModel.forward` for one batch, all zeros, with `WORDS` tokens beside the slots."""
+    n, side = family.grid**2, family.image_size
+    ids, codes = (torch.zeros(batch_size, length, dtype=torch.long) for length in (3 * n + WORDS - 1, n))
+    slots = torch.zeros(batch_size, 1, dtype=torch.long)
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "image_slot": slot,
-        "source_slot": slot,
+        "seen_slots": slots,
+        "known_slots": slots,
+        "pictures": slots,
+        "drawn_slots": slots[:, 0],
         "source_tokens": codes,
         "labels": codes,
         "pixel_values": torch.zeros(batch_size, 3, side, side),
@@ -128,3 +133,33 @@ def table(parts: list[Part]) -> str:
         count = "" if part.parameters is None else f"{part.parameters:,}"
         lines.append(f"{part.name:28}{count:>16}{part.bytes / GIB:>10.3f}")
     return "\n".join(lines) + "\n"
+
+
+def estimate_memory(options: Options, method) -> str:
+    """A table of the memory that a run will need on one device, without loading any weights.
+
+    Args:
+        method: a module with `instructions`; see `training.clear`.
+    """
+    network, training = load_empty(options.model.base_model, options.model.model_revision), options.training
+    dtype, checkpoint = getattr(torch, options.model.dtype), Checkpoint(network, None)
+    family = checkpoint.token_model
+    for name in (*options.lora.train_parts, *family.learning_parts):  # what learns, and what its gradients cross
+        if name in family.parts():
+            family.parts()[name].to(dtype)
+    config = ClearConfig(family.codebook_size, instructions=method.instructions(options))
+    with torch.device("meta"):
+        model = build_model(options, checkpoint, config)
+    autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    size = training.per_device_train_batch_size
+    held = weights(model, dtype, options.model.load_in_4bit)
+    held += learning(model, dtype, 1 if "8bit" in training.optim else None)
+    used = activations(model, size, autocast, training.activation_checkpointing)
+    frozen = sum(part.bytes for part in held if part.name == family.tokenizer_part)
+    sliced = (sum(part.bytes for part in held) - frozen) / 8 + frozen + sum(part.bytes for part in used)
+    return (
+        f"{options.model.base_model}: estimate for one device, {size} record(s) at a time, activation checkpointing "
+        f"{'on' if training.activation_checkpointing else 'off'}\n\n{table(held + used)}\n"
+        f"With weights, gradients and states in slices over 8 devices (FSDP2, ZeRO 3): {sliced / GIB:.2f} GiB "
+        "each.\nNot counted: the CUDA context, buffers of communication, fragmentation, and evaluation.\n"
+    )

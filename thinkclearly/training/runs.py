@@ -17,8 +17,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from thinkclearly.config import is_local
-from thinkclearly.files import strict
+from thinkclearly.files import is_local, strict
 
 logger = logging.getLogger(__name__)
 

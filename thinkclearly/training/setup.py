@@ -8,8 +8,8 @@ import torch
 from accelerate import PartialState
 
 from thinkclearly.data.features import FeatureCache, cache_features
-from thinkclearly.data.options import is_local
 from thinkclearly.data.splits import PreparedData
+from thinkclearly.files import is_local
 from thinkclearly.models.instruction_head import ClearConfig, InstructionModel
 from thinkclearly.models.load import Checkpoint, load_checkpoint
 from thinkclearly.models.quantization import quantization
@@ -30,7 +30,9 @@ def build_checkpoint(model: ModelArguments) -> Checkpoint:
     )
 
 
-def new_config(checkpoint: Checkpoint, settings: dict, instructions: list[str], clear_weight: float = 1.0) -> ClearConfig:
+def new_config(
+    checkpoint: Checkpoint, settings: dict, instructions: list[str], clear_weight: float = 1.0
+) -> ClearConfig:
     """What the checkpoint of a run will say about itself.
 
     Args:

@@ -24,7 +24,7 @@ class SftArguments:
     """The objective."""
 
     drop_all: float = option(0.1, "Share of drawing rows that are told nothing (trains the uncond row).")
-    drop_source: float = option(0.5, "Share of input pictures whose codes the other rows do not see (trains no_source).")
+    drop_source: float = option(0.5, "Share of input pictures whose codes other rows do not see (trains no_source).")
     answer_weight: float = option(1.0, "Weight of a word of an answer, where a code has 1.")
     skip_padding: bool = option(False, "The gray bars beside a target that is not square carry no loss.")
     legacy_shift: bool = option(False, "Leave the first code untrained, as the original script does by accident.")
@@ -40,12 +40,17 @@ class SftArguments:
 Arguments, Trainer = SftArguments, SupervisedTrainer
 
 
+def instructions(options: Options) -> list[str]:
+    """None: the image head keeps its K classes."""
+    return []
+
+
 def read_data(options: Options, checkpoint: Checkpoint) -> PreparedData:
     """Records in two parts that share no picture; there is no gate to calibrate."""
     return build_samples(options.data, checkpoint)
 
 
-def build(options: Options, checkpoint: Checkpoint, data: PreparedData, kind: type[SupervisedTrainer]) -> SupervisedTrainer:
+def build(options: Options, checkpoint: Checkpoint, data: PreparedData, kind: type) -> SupervisedTrainer:
     """A trainer with the objective that the options describe."""
     sft = options.method
     model = build_model(options, checkpoint, new_config(checkpoint, options.settings, instructions=[]))

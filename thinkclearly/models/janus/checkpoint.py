@@ -31,11 +31,14 @@ from thinkclearly.models.config_files import (
     read_json,
 )
 from thinkclearly.models.janus import deepseek
-from thinkclearly.models.quantization import language_model_alone
+from thinkclearly.models.quantization import spare
 from thinkclearly.models.weight_files import find_weights, open_weights
 
 logger = logging.getLogger(__name__)
 
+# What quantization leaves alone, all but the language model, by whole names: transformers matches from their start.
+_PARTS = ("vision_model", "aligner", "vqmodel", "generation_embeddings", "generation_aligner", "generation_head")
+_SPARED = [*(f"model.{part}" for part in _PARTS), "lm_head"]
 TINY = Path(__file__).parents[2] / "tiny_janus"  # ships with this package
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
@@ -261,7 +264,7 @@ class _Float32Tokenizer(JanusForConditionalGeneration):
 
 def _load_native(source, **kwargs) -> JanusForConditionalGeneration:
     if kwargs["quantization_config"] is not None:
-        kwargs["quantization_config"] = language_model_alone(kwargs["quantization_config"])
+        kwargs["quantization_config"] = spare(kwargs["quantization_config"], _SPARED)
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the loading info tells, and with names
     with config_errors(source):
         model, info = _Float32Tokenizer.from_pretrained(source, **options, **kwargs)

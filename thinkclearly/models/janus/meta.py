@@ -21,7 +21,7 @@ def empty_janus(name_or_path: str, revision: str | None = None) -> JanusForCondi
     """The model that `config.json` describes, on the meta device.
 
     Args:
-        name_or_path: as for `load_backbone`; of a Hub id only `config.json` is downloaded. A folder in DeepSeek's
+        name_or_path: as for `load_checkpoint`; of a Hub id only `config.json` is downloaded. A folder in DeepSeek's
             layout may hold `config.json` alone; its towers then have the sizes of those that DeepSeek published.
 
     Raises:

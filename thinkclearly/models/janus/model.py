@@ -50,6 +50,10 @@ class Janus:
         vision = self.network.config.vision_config
         return vision.image_size // vision.patch_size
 
+    @property
+    def image_size(self) -> int:
+        return self.network.config.vision_config.image_size
+
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         vq = self.network.model.vqmodel

@@ -20,8 +20,8 @@ from torch import nn
 from transformers import JanusForConditionalGeneration
 
 from thinkclearly.models.adapter_config import lora_settings, read_adapter_config
-from thinkclearly.models.instruction_head import InstructionModel
 from thinkclearly.models.config_files import read_json
+from thinkclearly.models.instruction_head import InstructionModel
 from thinkclearly.models.janus.deepseek import deepseek_key, to_native
 from thinkclearly.models.weight_files import open_weights, read_tensors
 

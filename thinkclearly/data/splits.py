@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
+from huggingface_hub import snapshot_download
 
-from thinkclearly.config import DataArguments
 from thinkclearly.data import sources
+from thinkclearly.data.encode import DATASET_FILES, INFO_FILE, load_encoded
 from thinkclearly.data.groups import group_records, hold_out, token_origins
 from thinkclearly.data.jsonl import read_jsonl
 from thinkclearly.data.magicbrush import magicbrush
-from thinkclearly.data.prepare import label_dataset, load_encoded, prepare_dataset
+from thinkclearly.data.options import DataArguments
+from thinkclearly.data.prepare import label_dataset, prepare_dataset, prepare_samples
+from thinkclearly.data.samples import captioned_pictures, sharegpt4o_samples
 from thinkclearly.data.sources import PARTS
-from thinkclearly.hub.publish import pull_dataset
-from thinkclearly.instructions import InstructionVocabulary
-from thinkclearly.models.backbone import Backbone
+from thinkclearly.instructions import CLEAR, InstructionVocabulary
+from thinkclearly.models.load import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -47,33 +49,66 @@ class PreparedData:
     rows: dict[str, Dataset] = field(default_factory=dict)
 
 
-def build_data(data: DataArguments, backbone: Backbone, parts: Sequence[str] = PARTS) -> PreparedData:
-    """Reads, tokenizes, labels and splits; what was prepared before is found again.
+def build_data(
+    data: DataArguments,
+    checkpoint: Checkpoint,
+    parts: Sequence[str] = PARTS,
+    instructions: Sequence[str] = (CLEAR,),
+) -> PreparedData:
+    """Reads, tokenizes, labels and splits photo pairs; what was prepared before is found again.
 
     Args:
+        instructions: instruction tokens that are labels.
         parts: those that are wanted; of the built-in shapes no others are made.
 
     Raises:
         ValueError: too few records, or too few that share no picture, to hold any out.
     """
+    if data.source not in ("jsonl", "prepared", "shapes", "magicbrush", "folder", "sharegpt4o"):
+        raise ValueError(f"source: {data.source} has no photo pairs; use it with --method sft")
     state = PartialState()
     options = {
+        "instructions": instructions,
         "clear_label": data.clear_label,
         "pixel_tolerance": data.pixel_tolerance,
-        "batch_size": data.prepare_batch_size,
-        "on_bad_record": data.on_bad_record,
-        "workers": data.prepare_workers,
+        **_encoding(data),
     }
-    prepare = partial(prepare_dataset, backbone=backbone, directory=data.prepared_dir, **options)
+    prepare = partial(prepare_dataset, checkpoint=checkpoint, directory=data.prepared_dir, **options)
     if data.source in ("jsonl", "prepared"):
         with state.main_process_first():
-            return split_records(_read_tokens(data, backbone), None, data, parts)
-    backbone.model.model.vqmodel.to(state.device)
+            return split_records(_read_tokens(data, checkpoint, instructions), None, data, parts)
+    _tokenizer_to_device(checkpoint)
     if data.source == "shapes":
         return _build_shapes(data, prepare, parts)
     with state.main_process_first():
         rows = read_rows(data)
     return split_records(prepare(rows), rows, data, parts)
+
+
+def build_samples(data: DataArguments, checkpoint: Checkpoint) -> PreparedData:
+    """Reads, tokenizes and splits the records of supervised training: pictures from words, edits, answers."""
+    if data.source not in ("sharegpt4o", "captions"):
+        raise ValueError(f"source: {data.source} has photo pairs alone; --method sft reads sharegpt4o or captions")
+    _tokenizer_to_device(checkpoint)
+    with PartialState().main_process_first():
+        read = sharegpt4o_samples if data.source == "sharegpt4o" else captioned_pictures
+        rows = select_rows(read(data.path), data)
+    records = prepare_samples(rows, checkpoint, data.prepared_dir, **_encoding(data))
+    with PartialState().main_process_first():
+        return split_records(records, None, replace(data, calibration_edits=0), ("train", "test"))
+
+
+def _encoding(data: DataArguments) -> dict:
+    return {
+        "batch_size": data.prepare_batch_size,
+        "on_bad_record": data.on_bad_record,
+        "workers": data.prepare_workers,
+    }
+
+
+def _tokenizer_to_device(checkpoint: Checkpoint) -> None:
+    family = checkpoint.token_model
+    family.parts()[family.tokenizer_part].to(PartialState().device)
 
 
 def _build_shapes(data: DataArguments, prepare: Callable[[Dataset], Dataset], parts: Sequence[str]) -> PreparedData:
@@ -108,19 +143,21 @@ def read_rows(data: DataArguments) -> Dataset:
     return Dataset.from_list(list(rows), features=sources.FEATURES) if data.streaming else rows
 
 
-def _read_tokens(data: DataArguments, backbone: Backbone) -> Dataset:
+def _read_tokens(data: DataArguments, checkpoint: Checkpoint, instructions: Sequence[str]) -> Dataset:
     """Labelled records of a source that has tokens already."""
-    codes = backbone.model.config.vq_config.num_embeddings
+    codes = checkpoint.token_model.codebook_size
     if data.source == "jsonl":
-        rows, _ = read_jsonl(data.path, codes, backbone.processor.num_image_tokens, on_bad_record=data.on_bad_record)
+        rows, _ = read_jsonl(data.path, codes, checkpoint.processor.num_image_tokens, on_bad_record=data.on_bad_record)
         rows = rows.add_column("key", [f"{Path(data.path).name}[{i}]" for i in range(len(rows))])
         return select_rows(rows, data)
-    encoded = select_rows(load_encoded(pull_dataset(data.path), backbone), data)
+    encoded = select_rows(load_encoded(pull_dataset(data.path), checkpoint), data)
     if "origins" not in encoded.column_names:  # prepared by an earlier version
         encoded = encoded.add_column(
             "origins", list(map(token_origins, encoded["input_tokens"], encoded["target_tokens"]))
         )
-    return label_dataset(encoded, data.clear_label, data.pixel_tolerance, InstructionVocabulary(codes))
+    return label_dataset(
+        encoded, data.clear_label, data.pixel_tolerance, InstructionVocabulary(codes, tuple(instructions))
+    )
 
 
 def select_rows(rows: Dataset, data: DataArguments) -> Dataset:
@@ -187,3 +224,19 @@ def held_out_counts(records: int, wanted: dict[str, int]) -> dict[str, int]:
         *(records, counts["test"], wanted["test"], counts["calibration"], wanted["calibration"]),
     )
     return counts
+
+
+def pull_dataset(name_or_path: str, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder of prepared data, `load_encoded` reads it: a local one, or a data set from the Hub."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    wanted = [INFO_FILE, *DATASET_FILES]
+    folder = Path(
+        snapshot_download(name_or_path, repo_type="dataset", revision=revision, token=token, allow_patterns=wanted)
+    )
+    if not (folder / INFO_FILE).is_file():
+        raise FileNotFoundError(
+            f"The data set {name_or_path} has no {INFO_FILE}: it was not written by `thinkclearly push`. Read photo "
+            "pairs from the Hub with --source magicbrush."
+        )
+    return folder
