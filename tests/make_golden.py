@@ -59,7 +59,9 @@ def main(root: Path) -> None:
         pixels = {name: picture(folder / "images" / f"{name}.png", *size) for name, size in PICTURES.items()}
         expected = {}
         for name in PICTURES:
-            expected |= {f"{name}.{key}": value for key, value in of_picture(janus, tokenizer, pixels[name], name).items()}
+            expected |= {
+                f"{name}.{key}": value for key, value in of_picture(janus, tokenizer, pixels[name], name).items()
+            }
         for name, text in DRAWINGS.items():
             expected |= {f"{name}.{key}": value for key, value in of_drawing(janus, tokenizer, text).items()}
         save_file({key: value.contiguous() for key, value in expected.items()}, folder / "expected.safetensors")
