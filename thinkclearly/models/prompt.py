@@ -1,6 +1,6 @@
 """Prompts: the one place that turns text into token ids, slots and guidance rows, for training and for inference.
 
-String layout of Janus-Pro and Janus-4o (specs: ShareGPT-4o-Image demo and train_janus.py). The tokenizer is called on
+String layout of Janus-Pro and Janus-4o (ShareGPT-4o-Image: its demo and train_janus.py). The tokenizer is called on
 finished strings: the native processor would expand the image placeholder a second time. Knows nothing of weights.
 """
 
