@@ -397,13 +397,13 @@ def test_two_threads_edit_with_one_model(golden, pictures, bias):
     editor = Editor(*load_clear_model(golden / "finetune", base=golden / "checkpoint", attn_implementation="eager"))
     jobs = [(picture, {"seed": seed, "clear_bias": bias}) for seed in range(2) for picture in pictures]
     question = {"temperature": 1.0, "max_new_tokens": 8, "seed": 5}
-    edits = [editor.edit(picture, "Night.", **options).ids for picture, options in jobs]
+    edits = [editor.edit(picture, "Night.", **options).class_ids for picture, options in jobs]
     answers = [editor.describe(picture, "What is it?", **question) for picture, _ in jobs]
     state = torch.get_rng_state()
     with ThreadPoolExecutor(3) as threads:
         editing = [threads.submit(editor.edit, picture, "Night.", **options) for picture, options in jobs]
         asking = [threads.submit(editor.describe, picture, "What is it?", **question) for picture, _ in jobs]
-        assert all(torch.equal(job.result().ids, ids) for job, ids in zip(editing, edits, strict=True))
+        assert all(torch.equal(job.result().class_ids, ids) for job, ids in zip(editing, edits, strict=True))
         assert [job.result() for job in asking] == answers
     assert torch.equal(torch.get_rng_state(), state)
     assert editor.model.base.model.language_model.config._attn_implementation == "eager"
