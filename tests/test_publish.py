@@ -536,7 +536,7 @@ def test_push_to_hub_in_a_recipe_shares_what_push_shares(shared, tmp_path):
     assert set(hub.files("you/trained")) == {".gitattributes"}
     files = hub.files("you/trained", "tries")
     own = {name for name in files if not name.startswith("last-checkpoint/")}
-    assert own == SHARED | {".gitattributes"}
+    assert own == SHARED | {".gitattributes"}, "with samples: anyone can see you/data"
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= set(files)
     secret = ("hf_of_you", str(tmp_path))
     assert not [name for name, content in files.items() if any(word.encode() in content for word in secret)]
