@@ -54,7 +54,7 @@ def fill(embeds, mask, values):
 
 
 def edit_embeds(model, golden, expected, name):
-    """The three guidance rows, full, part and uncond: (3, L, H); specs: ShareGPT-4o-Image's inference."""
+    """The three guidance rows, full, part and uncond: (3, L, H), as in ShareGPT-4o-Image's inference."""
     ids, special = expected[f"{name}.edit.input_ids"], special_ids(golden)
     uncond = ids.clone()
     uncond[1:-1] = special.pad

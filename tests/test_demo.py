@@ -1,10 +1,15 @@
 """The demo at its smallest, in process; whole in test_end_to_end."""
 
 import json
+import math
+import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from thinkclearly import demo
+from thinkclearly.evaluation.edits import Evaluation
 
 
 def test_without_photographs_the_report_has_the_held_out_edits_alone(tmp_path):
@@ -15,7 +20,58 @@ def test_without_photographs_the_report_has_the_held_out_edits_alone(tmp_path):
     assert metrics["held_out"]["edits"] == 2 and "photographs" not in metrics
     assert (tmp_path / "edits" / "0001").is_dir() and not (tmp_path / "photographs").exists()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "2 held-out edits" in page and "Whole photographs" not in page
+    assert "2 held-out edits" in page and "photographs at their own size" not in page
+
+
+def measured(scores=(20.0,)):
+    """A hand-made evaluation, one edit a score."""
+    outside = {
+        "raw": (21.5, 0.001, 1128.4),
+        "pixel_composite": (29.2, 0.78, 1291.0),
+        "copy_source": (math.inf, 1, 9e3),
+    }
+    keys = ("psnr_pooled_outside", "exact_outside", "mse_inside")
+    picture = Image.new("RGB", (8, 8))
+    edits = [
+        {"source": picture, "composite": picture, "instruction": f"edit {i}", "note": f"{score:.1f} dB"}
+        for i, score in enumerate(scores)
+    ]
+    return Evaluation(
+        pictures={name: {"pictures": 1, "mse": 0.0} | dict(zip(keys, values)) for name, values in outside.items()},
+        clear={"labels": {"f1": 0.988, "f1_always_clear": 0.846, "edit_iou": 0.95}, "mask": {"edit_iou": 0.943}},
+        done={"raw": 0.81, "pixel_composite": 0.8, "copy_source": 0.0},
+        log_odds=np.array([2.0, -1.0]),
+        unchanged=np.array([True, False]),
+        scores=np.array(scores),
+        reports=edits,
+        results=edits,
+    )
+
+
+def test_the_summary_and_the_table_say_what_was_measured():
+    assert demo.summary(measured()) == (
+        "80% of the asked edits are done (raw decode: 81%). Outside the true mask 78.0% of the pixels are the "
+        "source's, byte for byte, and the composite is 7.7 dB above the raw decode. CLEAR F1 0.988 (always CLEAR: "
+        "0.846), IoU of the edit with the true mask 0.943."
+    )
+    assert demo.results(measured()) == [
+        ["", "PSNR outside, pooled", "Bit-identical pixels outside", "MSE to the target inside", "Edit done"],
+        ["raw", "21.5 dB", "0.10 %", "1128", "81%"],
+        ["pixel composite", "29.2 dB", "78.00 %", "1291", "80%"],
+        ["copy the source", "∞", "100.00 %", "9000", "0%"],
+    ]
+
+
+def test_the_report_opens_with_the_best_the_median_and_the_worst_edit(tmp_path):
+    demo.report(tmp_path, measured((20, 35, 10, 25, 15)), measured((3, 2, 1)), [], {"edit": 1.0})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    opening = page[: page.index("<h2>Results</h2>")]
+    assert re.findall(r">(\w+)</p><h3>(edit \d)</h3>", opening) == [
+        *(("Best", "edit 0"), ("Median", "edit 1"), ("Worst", "edit 2")),
+        *(("Best", "edit 1"), ("Median", "edit 0"), ("Worst", "edit 2")),
+    ]
+    assert "3 edits of whole photographs at their own size" in opening and "5 held-out edits" in opening
+    assert "<details>" not in opening and "F1 of always CLEAR" in page
 
 
 @pytest.mark.parametrize(("flag", "least"), [("demo_edits", 1), ("demo_photo_edits", 0), ("demo_batch_size", 1)])

@@ -42,7 +42,7 @@ def everything(editor, golden):
     edits = editor.edit_many([picture], ["Night."], num_images=3, seed=1, clear_bias=3.0)
     drawn = editor.generate("a red circle", temperature=0, use_cfg=False)
     answer = editor.describe(picture, "What is it?", max_new_tokens=3)
-    return [(edit.ids.tolist(), edit.tokens.tolist(), edit.image.tobytes()) for edit in edits], drawn, answer
+    return [(edit.class_ids.tolist(), edit.fed_codes.tolist(), edit.image.tobytes()) for edit in edits], drawn, answer
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def clear_pixels(result):
 
 
 def largest_difference(a, b):
-    """The tokens are equal; their decoding is truncated to bytes and depends on the batch in the last bit."""
+    """Equal tokens decode alike up to the last bit, which depends on the batch; bytes are rounded and resized."""
     return np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max()
 
 
@@ -73,7 +73,7 @@ def test_several_samples_differ_and_each_is_its_own(editor, pictures, bias, size
         assert result.sample == k and result.seed == 3
         assert torch.equal(result.class_ids, five[k].class_ids)
         assert torch.equal(result.fed_codes, five[k].fed_codes)
-        assert largest_difference(result.image, five[k].image) <= 1
+        assert largest_difference(result.image, five[k].image) <= 2
         assert result.fed_codes.max() < sizes.codes, "no instruction goes back into the model"
     alone = editor.edit(pictures[1], INSTRUCTIONS[0], **options)
     assert torch.equal(alone.class_ids, three[0].class_ids)
@@ -94,7 +94,7 @@ def test_a_batch_gives_the_same_tokens_as_one_by_one(editor, pictures, bias, gui
         assert torch.equal(result.fed_codes, alone.fed_codes)
         assert torch.equal(result.codes, alone.codes)
         torch.testing.assert_close(result.gate, alone.gate, atol=1e-4, rtol=1e-4)
-        assert largest_difference(result.image, alone.image) <= 1
+        assert largest_difference(result.image, alone.image) <= 2
         assert result.instruction == instruction
         assert result.image.size == Image.open(picture).size
 
@@ -265,9 +265,9 @@ def test_raw_and_decoded_source_are_drawn_when_asked_for(editor, pictures, bias)
     results = editor.edit_many(pictures[:2], INSTRUCTIONS[:2], num_images=2, clear_bias=bias)
     assert not {"raw", "input_decoded"} & set(vars(results[0]))
     alone = editor.edit(pictures[1], INSTRUCTIONS[1], clear_bias=bias)
-    assert largest_difference(results[2].raw, alone.raw) <= 1
+    assert largest_difference(results[2].raw, alone.raw) <= 2
     for k in (2, 3):
-        assert largest_difference(results[k].input_decoded, alone.input_decoded) <= 1
+        assert largest_difference(results[k].input_decoded, alone.input_decoded) <= 2
     assert results[2].raw is results[2].raw
     assert results[2].further is None and results[3].further is not None, "the model may go once all is drawn"
     copied = pickle.loads(pickle.dumps(results[3]))
@@ -357,7 +357,7 @@ def test_text_to_image(editor, sizes):
     pictures = editor.generate("a red circle on the left", num_images=3, seed=2)
     assert len({picture.tobytes() for picture in pictures}) == 3
     again = editor.generate("a red circle on the left", num_images=4, seed=2)
-    assert all(largest_difference(a, b) <= 1 for a, b in zip(pictures, again))
+    assert all(largest_difference(a, b) <= 2 for a, b in zip(pictures, again))
     (free,) = editor.generate("a red circle on the left", use_cfg=False, temperature=0)
     assert free.size == (sizes.side, sizes.side)
     for wrong in ({"prompt": " "}, {"prompt": "x", "num_images": 0}):
@@ -397,13 +397,13 @@ def test_two_threads_edit_with_one_model(golden, pictures, bias):
     editor = Editor(*load_clear_model(golden / "finetune", base=golden / "checkpoint", attn_implementation="eager"))
     jobs = [(picture, {"seed": seed, "clear_bias": bias}) for seed in range(2) for picture in pictures]
     question = {"temperature": 1.0, "max_new_tokens": 8, "seed": 5}
-    edits = [editor.edit(picture, "Night.", **options).ids for picture, options in jobs]
+    edits = [editor.edit(picture, "Night.", **options).class_ids for picture, options in jobs]
     answers = [editor.describe(picture, "What is it?", **question) for picture, _ in jobs]
     state = torch.get_rng_state()
     with ThreadPoolExecutor(3) as threads:
         editing = [threads.submit(editor.edit, picture, "Night.", **options) for picture, options in jobs]
         asking = [threads.submit(editor.describe, picture, "What is it?", **question) for picture, _ in jobs]
-        assert all(torch.equal(job.result().ids, ids) for job, ids in zip(editing, edits, strict=True))
+        assert all(torch.equal(job.result().class_ids, ids) for job, ids in zip(editing, edits, strict=True))
         assert [job.result() for job in asking] == answers
     assert torch.equal(torch.get_rng_state(), state)
     assert editor.model.token_model.language_model.config._attn_implementation == "eager"

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from thinkclearly.models.checkpoint import _full_precision
+
+from thinkclearly.models.janus.checkpoint import _full_precision
 
 
 @pytest.mark.parametrize("before", ["tf32", "ieee"])

@@ -8,11 +8,10 @@ import torch
 
 pytest.importorskip("bitsandbytes")
 
-from thinkclearly.models.checkpoint import encode_tokens, image_features, load_checkpoint  # noqa: E402
-
 from thinkclearly import cli, load_editor  # noqa: E402
 from thinkclearly.data.shapes import packaged_photos, random_edit  # noqa: E402
 from thinkclearly.images import Letterbox  # noqa: E402
+from thinkclearly.models.janus.checkpoint import encode_tokens, image_features, load_checkpoint  # noqa: E402
 from thinkclearly.models.quantization import quantization  # noqa: E402
 from thinkclearly.training.adapters import (
     TINY_CLEAR,  # noqa: E402

@@ -67,7 +67,18 @@ def report(tmp_path):
         "note": hostile,
     }
     metrics = {hostile: {"raw_model": image_metrics(picture(1), source), hostile: image_metrics(source, source)}}
-    path = write_report(tmp_path / "out", [row], metrics, LOG, hostile, {hostile: hostile})
+    path = write_report(
+        tmp_path / "out",
+        hostile,
+        lead=hostile,
+        picks={hostile: {hostile: row}},
+        results=[["", hostile], [hostile, hostile]],
+        remarks=hostile,
+        rows=[row],
+        metrics=metrics,
+        curves=LOG,
+        notes={hostile: hostile},
+    )
     return path, Page(path.read_text(encoding="utf-8")), hostile
 
 
@@ -75,8 +86,9 @@ def test_report_escapes_all_text(report):
     path, page, hostile = report
     assert "script" not in {tag for tag, _ in page.tags}
     assert "<script" not in path.read_text(encoding="utf-8")
-    # title twice, note twice (key and value), heading, row name, instruction, note under it
-    assert sum(text.count(hostile) for text in page.text) == 8
+    # title twice, lead; heading, name, instruction and note of the pick; three cells of results, remarks; heading and
+    # row of metrics; instruction and note of the edit; key and value of the notes
+    assert sum(text.count(hostile) for text in page.text) == 17
 
 
 def test_report_needs_nothing_outside_the_file(report):
@@ -91,10 +103,25 @@ def test_report_needs_nothing_outside_the_file(report):
 def test_report_shows_every_picture_and_its_numbers(report):
     _, page, _ = report
     names = [attributes["alt"] for tag, attributes in page.tags if tag == "img" and "width" in attributes]
-    assert names == ["Source", "Edited area", "Raw", "Composite", "Raw − source", "Composite − source"]
+    assert names[2:] == ["Source", "Edited area", "Raw", "Composite", "Raw − source", "Composite − source"]
     text = " ".join(page.text)
     assert "∞ dB, 100.00 % exact" in text
     assert "16.67 %" in text  # 6 of 36 patches
+
+
+def test_report_opens_with_pictures_then_one_table_and_folds_the_rest(report):
+    _, page, _ = report
+    order = [tag for tag, _ in page.tags if tag in ("h1", "img", "table", "details")]
+    assert order[:5] == ["h1", "img", "img", "table", "details"]  # before and after, results
+    assert page.tags.count(("details", {})) == 4  # closed: numbers, curves, edits, notes
+    assert [a["alt"] for tag, a in page.tags if tag == "img"][:2] == ["Before", "After"]
+
+
+def test_report_shows_picks_larger_than_the_other_edits(tmp_path):
+    large = {"source": picture(0, (1200, 900)), "composite": picture(1, (1200, 900)), "instruction": "i"}
+    page = Page(write_report(tmp_path, "t", picks={"h": {"Best": large}}, rows=[large]).read_text())
+    heights = [attributes["height"] for tag, attributes in page.tags if tag == "img"]
+    assert heights == ["1024", "1024", "512", "512", "512"]  # the last is the heat map
 
 
 def test_report_heat_maps_are_lossless(report):
@@ -109,22 +136,22 @@ def test_report_heat_maps_are_lossless(report):
 
 
 def test_report_with_nothing_but_a_title(tmp_path):
-    page = Page(write_report(tmp_path, [], {}, [], "Only a title").read_text())
-    assert not {"table", "img", "article", "h2"} & {tag for tag, _ in page.tags}
+    page = Page(write_report(tmp_path, "Only a title").read_text())
+    assert not {"table", "img", "article", "h2", "details"} & {tag for tag, _ in page.tags}
 
 
 def test_report_replaces_an_older_one_and_names_bad_rows(tmp_path):
     (tmp_path / "report.html").write_text("old")
     with pytest.raises(ValueError, match="Row 2 of the report has no instruction"):
-        write_report(tmp_path, [{"source": picture(), "instruction": "a"}, {"source": picture()}], {}, [], "title")
+        write_report(tmp_path, "title", rows=[{"source": picture(), "instruction": "a"}, {"source": picture()}])
     assert (tmp_path / "report.html").read_text() == "old"
-    write_report(tmp_path, [], {}, [], "new")
+    write_report(tmp_path, "new")
     assert "<h1>new</h1>" in (tmp_path / "report.html").read_text()
 
 
 def test_report_shrinks_large_pictures_and_skips_heat_maps_of_other_sizes(tmp_path):
     row = {"source": picture(0, (600, 1200)), "instruction": "shrink", "raw": picture(1)}
-    page = Page(write_report(tmp_path, [row], {}, [], "t").read_text())
+    page = Page(write_report(tmp_path, "t", rows=[row]).read_text())
     sizes = {a["alt"]: (a["width"], a["height"]) for tag, a in page.tags if tag == "img"}
     assert sizes == {"Source": ("512", "256"), "Raw": ("64", "48")}
 
@@ -137,7 +164,7 @@ def test_report_tables_show_regions_in_rows_by_their_labels(tmp_path):
         for name, made in {"raw_model": off_by(source, 3), "copy_source": source}.items()
     }
     clear = {"token masks": clear_metrics(np.ones(4, bool), np.array([True, True, True, False]))}
-    page = Page(write_report(tmp_path, [], {"Source": rows, "CLEAR": clear}, [], "t").read_text())
+    page = Page(write_report(tmp_path, "t", metrics={"Source": rows, "CLEAR": clear}).read_text())
     text = [text for text in page.text if text.strip()]
     captions = [text[i] for i in range(len(text)) if text[i].startswith(("Source, ", "CLEAR"))]
     assert captions[:3] == ["Source, whole picture", "Source, inside the edit", "Source, outside the edit"]
@@ -161,8 +188,8 @@ def test_calibration_curve_is_one_more_chart_of_the_report(tmp_path):
     svg = calibration_curve(*gate, ink="#abcdef")
     assert svg == calibration_curve(*gate, ink="#abcdef") != calibration_curve(gate[0], ~gate[1], ink="#abcdef")
     assert "#abcdef" in svg and calibration_curve(np.array([80.0, -80.0]), np.array([True, False]))  # saturated
-    with_gate = write_report(tmp_path, [], {}, [], "t", gate=gate).read_text()
-    without = write_report(tmp_path, [], {}, [], "t", gate=(gate[0][:0], gate[1][:0])).read_text()
+    with_gate = write_report(tmp_path, "t", gate=gate).read_text()
+    without = write_report(tmp_path, "t", gate=(gate[0][:0], gate[1][:0])).read_text()
     assert "Calibration of the gate" in with_gate and "Calibration of the gate" not in without
 
 

@@ -82,7 +82,8 @@ def test_what_no_turn_touched_is_the_first_pictures(editor, size):
 def test_smoothing_counts_as_touched_what_it_took_away(editor, photo):
     session = EditSession(editor, photo)
     result = session.edit(WORDS[0], clear_bias=-1.0, mask_smooth_ksize=3)
-    assert not np.array_equal(session.touched, np.asarray(result.mask) < 128)
+    assert np.array_equal(session.touched, np.asarray(result.mask) < 128)
+    assert not np.array_equal(session.touched, np.asarray(result.gate_mask) < 128)
     assert same(np.asarray(session.image)[~session.touched], np.asarray(photo)[~session.touched])
 
 

@@ -1,4 +1,4 @@
-"""One HTML file to look at: pictures of each edit, the table of metrics, training curves and notes.
+"""One HTML file to look at: a few edits and one table first; all numbers, curves and pictures folded up below.
 
 Nothing outside the file is needed: pictures and curves are embedded, there is no script and no network.
 """
@@ -24,7 +24,14 @@ from thinkclearly.evaluation.tables import format_number, tables
 from thinkclearly.files import write_text
 
 DARK_INK = "#c3c8cf"
-THUMBNAIL = 512  # pixels; larger pictures are shrunk to this for the report
+THUMBNAIL, LARGE = 512, 1024  # pixels; larger pictures are shrunk to this among all edits and among the picks
+SMALL = 128  # pixels; smaller pictures are shown in hard-edged blocks
+ABOUT_NUMBERS = (
+    '<p class="soft">MSE in squared levels of 255, averaged over each region’s own pixels. One exact copy makes the '
+    "mean PSNR infinite; the pooled one takes all pixels as one picture. “Copy the source” edits nothing: numbers "
+    "against the source flatter it, so read them beside those against the target or the edit itself. What “copy the "
+    "source” is to pictures, “always CLEAR” is to F1.</p>"
+)
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2024; --soft: #5b626b; --paper: #fbfbfa; --card: #fff; --line: #e3e4e6;
@@ -38,6 +45,7 @@ h1 { font-size: clamp(1.5rem, 4vw, 2.1rem); line-height: 1.2; margin: 0 0 1.25re
 h2 { font-size: 1.25rem; margin: 2.75rem 0 .75rem; }
 h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
 p { margin: .5rem 0; max-width: 75ch; }
+.lead { font-size: 1.1rem; }
 .soft { color: var(--soft); font-size: .875rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.25rem; margin: 0; font-size: .9rem; }
 dt { color: var(--soft); }
@@ -55,6 +63,17 @@ thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; white-s
 .edit, .curves picture { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .curves picture { display: block; padding: .5rem; }
 .edit { padding: 1.1rem; margin: 0 0 1.25rem; }
+.picks { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 1.25rem; }
+.picks .edit { margin: 0; }
+.rank { margin: 0; color: var(--accent); font-size: .8rem; font-weight: 600; letter-spacing: .06em;
+  text-transform: uppercase; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .9rem; margin-top: .9rem; }
+.pair.tall { grid-template-columns: 1fr; }
+.pair figure { max-width: none; }
+details { border-top: 1px solid var(--line); }
+details:first-of-type { margin-top: 3rem; }
+summary { cursor: pointer; font-size: 1.1rem; font-weight: 600; padding: .9rem 0; }
+details[open] { padding-bottom: 1.5rem; }
 .strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 140px), 1fr)); gap: .9rem;
   margin-top: .9rem; }
 figure { margin: 0; min-width: 0; max-width: 400px; }
@@ -70,27 +89,39 @@ figcaption span { display: block; color: var(--soft); }
 
 def write_report(
     directory: str | os.PathLike,
-    rows: Sequence[Mapping],
-    metrics: Mapping[str, Mapping[str, Mapping]],
-    curves: Sequence[Mapping],
     title: str,
-    notes: Mapping[str, str] | None = None,
+    *,
+    lead: str = "",
+    picks: Mapping[str, Mapping[str, Mapping]] | None = None,
+    results: Sequence[Sequence[str]] = (),
+    remarks: str = "",
+    rows: Sequence[Mapping] = (),
+    metrics: Mapping[str, Mapping[str, Mapping]] | None = None,
+    curves: Sequence[Mapping] = (),
     gate: tuple[np.ndarray, np.ndarray] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `report.html`: self-contained, readable in light and dark, from phone to wide screen.
 
+    The page opens with the pictures of `picks`, then comes the table of `results`. All else is folded up below.
+
     Args:
         directory (`str` or `os.PathLike`): folder for the file; made if missing.
-        rows: one dict an edit, in the order of the page. `source` (`PIL.Image.Image`) and `instruction` (`str`) are
-            needed; `raw`, `composite` and `target` (pictures) and `mask` (bool, (H, W) of the source's pixels or a
-            grid of patches that covers the whole source; True where edited) are shown where present, and so is a
-            line of text `note`. Heat maps of raw and composite against the source are drawn where sizes agree.
-        metrics: heading → row → what `aggregate_image_metrics` or `aggregate_clear_metrics` gives. Known row keys
-            (`tables.ROW_LABELS`) get a readable name, others stand as they are.
-        curves: a Trainer's `log_history`; may be empty. See `training_curves`.
         title (`str`): heading of the page.
-        notes (`Mapping[str, str]`, *optional*): settings, machine, date…, shown as a list under the title.
+        lead (`str`, *optional*): one sentence over the pictures.
+        picks (*optional*): heading → name ("Best") → an edit as in `rows`, shown as source and composite at up to
+            `LARGE` pixels.
+        results (*optional*): a table as text; the first line holds the headings.
+        remarks (`str`, *optional*): what the table says, in words.
+        rows (*optional*): one dict an edit, in the order of the page. `source` (`PIL.Image.Image`) and `instruction`
+            (`str`) are needed; `raw`, `composite` and `target` (pictures) and `mask` (bool, (H, W) of the source's
+            pixels or a grid of patches that covers the whole source; True where edited) are shown where present, and
+            so is a line of text `note`. Heat maps of raw and composite against the source are drawn where sizes agree.
+        metrics (*optional*): heading → row → what `aggregate_image_metrics` or `aggregate_clear_metrics` gives. Known
+            row keys (`tables.ROW_LABELS`) get a readable name, others stand as they are.
+        curves (*optional*): a Trainer's `log_history`. See `training_curves`.
         gate (*optional*): calibrated log-odds float (M,) and truth bool (M,), for the calibration curve.
+        notes (`Mapping[str, str]`, *optional*): settings, machine, date…
 
     Returns:
         `Path`: of the file. It is written beside itself and renamed, so a reader never sees half a report.
@@ -103,20 +134,21 @@ def write_report(
         missing = {"source", "instruction"} - set(row)
         if missing:
             raise ValueError(f"Row {number} of the report has no {' and no '.join(sorted(missing))}.")
-    body = [f"<h1>{escape(title)}</h1>", _notes(notes or {})]
-    if metrics:
-        body.append("<h2>Metrics</h2>" + "".join(_tables(name, table) for name, table in metrics.items()))
-        body.append(
-            '<p class="soft">MSE in squared levels of 255, averaged over each region’s own pixels. One exact copy '
-            "makes the mean PSNR infinite; the pooled one takes all pixels as one picture. “Copy the source” edits "
-            "nothing: numbers against the source flatter it, so read them beside those against the target or the "
-            "edit itself.</p>"
-        )
-    charts = _curves(curves, gate)
-    if charts:
-        body.append(f'<h2>Curves</h2><div class="curves">{charts}</div>')
-    if rows:
-        body.append("<h2>Edits</h2>" + _scale() + "".join(_edit(row) for row in rows))
+    body = [f"<h1>{escape(title)}</h1>"]
+    if lead:
+        body.append(f'<p class="lead">{escape(lead)}</p>')
+    for heading, edits in (picks or {}).items():
+        cards = "".join(_pick(name, edit) for name, edit in edits.items())
+        body.append(f'<h2>{escape(heading)}</h2><div class="picks">{cards}</div>')
+    if results:
+        body.append("<h2>Results</h2>" + _table(results) + (f"<p>{escape(remarks)}</p>" if remarks else ""))
+    tables_ = "".join(_tables(name, table) for name, table in (metrics or {}).items())
+    body += [
+        _folded("All numbers", tables_ and tables_ + ABOUT_NUMBERS),
+        _folded("Curves", _curves(curves, gate)),
+        _folded(f"{len(rows)} edits in full", rows and _scale() + "".join(_edit(row) for row in rows)),
+        _folded("How it was made", _notes(notes or {})),
+    ]
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -129,27 +161,45 @@ def write_report(
     return path
 
 
+def _folded(summary: str, body: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>" if body else ""
+
+
+def _pick(name: str, edit: Mapping) -> str:
+    """A card with the source before the composite; photographs stand one above the other."""
+    figures = _figure("Before", edit["source"], largest=LARGE) + _figure("After", edit["composite"], largest=LARGE)
+    shape = "pair" if max(edit["source"].size) <= SMALL else "pair tall"
+    return (
+        f'<article class="edit"><p class="rank">{escape(name)}</p><h3>{escape(str(edit["instruction"]))}</h3>'
+        f'<div class="{shape}">{figures}</div>{_note(edit)}</article>'
+    )
+
+
+def _note(row: Mapping) -> str:
+    return f'<p class="soft">{escape(str(row["note"]))}</p>' if row.get("note") else ""
+
+
 def _notes(notes: Mapping[str, str]) -> str:
     items = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in notes.items())
     return f"<dl>{items}</dl>" if items else ""
 
 
 def _tables(heading: str, rows: Mapping[str, Mapping]) -> str:
-    blocks = []
-    for region, (head, *lines) in tables(rows).items():
-        columns = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head[1:])
-        body = "".join(
-            f'<tr><th scope="row">{escape(line[0])}</th>'
-            + "".join(f"<td>{escape(cell)}</td>" for cell in line[1:])
-            + "</tr>"
-            for line in lines
-        )
-        caption = escape(", ".join(filter(None, (heading, region))))
-        blocks.append(
-            f'<div class="wide"><table><caption>{caption}</caption><thead><tr><td></td>{columns}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>"
-        )
-    return "".join(blocks)
+    return "".join(_table(lines, ", ".join(filter(None, (heading, region)))) for region, lines in tables(rows).items())
+
+
+def _table(lines: Sequence[Sequence[str]], caption: str = "") -> str:
+    (_, *heads), *body = lines
+    columns = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in heads)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+        for name, *cells in body
+    )
+    caption = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return (
+        f'<div class="wide"><table>{caption}<thead><tr><td></td>{columns}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
 
 
 def _curves(curves: Sequence[Mapping], gate: tuple[np.ndarray, np.ndarray] | None) -> str:
@@ -190,16 +240,15 @@ def _edit(row: Mapping) -> str:
             exact = format_number(numbers["exact"], "%")
             detail = f"{format_number(numbers['psnr'], '{:.2f}')} dB, {exact} exact"
             figures.append(_figure(f"{label} − source", heat_map(picture, source), detail, exact=True))
-    note = f'<p class="soft">{escape(str(row["note"]))}</p>' if row.get("note") else ""
     heading = f"<h3>{escape(str(row['instruction']))}</h3>"
-    return f'<article class="edit">{heading}{note}<div class="strip">{"".join(figures)}</div></article>'
+    return f'<article class="edit">{heading}{_note(row)}<div class="strip">{"".join(figures)}</div></article>'
 
 
-def _figure(label: str, picture: Image.Image, detail: str = "", exact: bool = False) -> str:
+def _figure(label: str, picture: Image.Image, detail: str = "", exact: bool = False, largest: int = THUMBNAIL) -> str:
     """A picture with its caption; heat maps are kept lossless (`exact`), photographs may be compressed."""
-    small = ' class="small"' if max(picture.size) <= 128 else ""
+    small = ' class="small"' if max(picture.size) <= SMALL else ""
     picture = picture.convert("RGB")
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.thumbnail((largest, largest))
     buffer = io.BytesIO()
     lossless = exact or bool(small)
     picture.save(buffer, "WEBP", lossless=lossless, quality=80 if lossless else 88)
