@@ -452,14 +452,15 @@ def test_guidance_rows_without_weight_are_not_decoded(editor, pictures, bias, wi
     assert set(widths) == {rows}
 
 
-def test_finished_pictures_leave_the_batch(editor, pictures, widths):
-    """All CLEAR is done after a few passes; the others go on without it."""
-    gates = [editor.edit(picture, "Night.", clear_bias=1e4, temperature=0).gate for picture in pictures]
+def test_finished_pictures_leave_the_batch(editor, pictures, sizes, widths):
+    """All CLEAR is done after one pass over all positions; the others go on without it."""
+    options = {"temperature": 0, "block": sizes.positions}
+    gates = [editor.edit(picture, "Night.", clear_bias=1e4, **options).gate for picture in pictures]
     lowest = sorted(gate.min().item() for gate in gates)
     widths.clear()
     bias = 1e4 - (lowest[-1] + lowest[-2]) / 2  # copies the whole of one picture only
-    results = editor.edit_many(pictures, ["Night."] * 3, clear_bias=bias, temperature=0)
+    results = editor.edit_many(pictures, ["Night."] * 3, clear_bias=bias, **options)
     assert sorted(r.clear_fraction == 1 for r in results) == [False, False, True]
     assert widths[0] == 9 and widths[-1] < 9
-    alone = [editor.edit(picture, "Night.", clear_bias=bias, temperature=0) for picture in pictures]
+    alone = [editor.edit(picture, "Night.", clear_bias=bias, **options) for picture in pictures]
     assert all(torch.equal(a.class_ids, b.class_ids) for a, b in zip(alone, results))

@@ -112,7 +112,8 @@ def model_card(
         parts.append(f"## Samples\n\nEach row: source, raw decode, composite, CLEAR mask.\n\n{shown}")
     if metrics:
         rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
-        parts.append(f"## Measured\n\nOn records of {data} that training did not see.\n\n| | |\n|---|---|\n{rows}")
+        unseen = f"On records of {data} that neither training nor calibration saw."
+        parts.append(f"## Measured\n\n{unseen}\n\n| | |\n|---|---|\n{rows}")
     if recipe:
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip()
         parts.append(f"## Recipe\n\n`thinkclearly train {RECIPE_FILE}` with\n\n```yaml\n{text}\n```")
