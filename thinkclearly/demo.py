@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 from thinkclearly import jobs
+from thinkclearly.config import DataArguments
 from thinkclearly.data.shapes import Background, Scene, ShapeEdit, edit_scene, random_scene
 from thinkclearly.data.sources import EditExample, photos_of, shapes
 from thinkclearly.editing.editor import Editor
@@ -57,6 +59,12 @@ def photo_edits(count: int, photos: list[str], seed: int = 7) -> list[tuple[Shap
     return pairs
 
 
+def held_out_edits(count: int, data: DataArguments) -> Dataset:
+    """Photo pairs on the photographs that are held out, other ones than training evaluates on."""
+    options = {"size": data.shapes_size, "seed": data.split_seed + 1, "photos_folder": data.photos_folder}
+    return shapes(count, split="test", **options)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser([*jobs.TRAIN_OPTIONS, DemoArguments], prog="thinkclearly demo")
     model, lora, data, clear, training, overrides, demo = parser.parse(argv)
@@ -72,9 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     editor = Editor(*load_clear_model(training.output_dir, device=device, merge=True))
     started = time.perf_counter()
-    options = {"size": data.shapes_size, "seed": data.split_seed + 1, "photos_folder": data.photos_folder}
-    rows = shapes(demo.demo_edits, split="test", **options)
-    held_out = jobs.evaluate_rows(editor, rows, data, demo.demo_batch_size)
+    held_out = jobs.evaluate_rows(editor, held_out_edits(demo.demo_edits, data), data, demo.demo_batch_size)
     measured = {"edits": held_out}
     if demo.demo_photo_edits:
         photos = photo_edits(demo.demo_photo_edits, photos_of("test", data.photos_folder))
