@@ -7,8 +7,11 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from random_photos import photo
 
-from thinkclearly import demo
+from thinkclearly import demo, jobs
+from thinkclearly.config import DataArguments
+from thinkclearly.data.sources import photos_of, read_example
 from thinkclearly.evaluation.edits import Evaluation
 
 
@@ -72,6 +75,18 @@ def test_the_report_opens_with_the_best_the_median_and_the_worst_edit(tmp_path):
     ]
     assert "3 edits of whole photographs at their own size" in opening and "5 held-out edits" in opening
     assert "<details>" not in opening and "F1 of always CLEAR" in page
+
+
+def test_edits_over_photographs_of_a_folder_are_judged_by_the_scenes_that_were_drawn(tmp_path, own_cache):
+    for i in range(5):
+        photo(i, 80, 64).save(tmp_path / f"{i}.png")
+    data = DataArguments(photos_folder=str(tmp_path))
+    judge = jobs.judge_shapes(str(tmp_path))
+    edits = [read_example(row) for row in demo.held_out_edits(12, data)]
+    assert all(judge(edit.key, edit.target) for edit in edits)
+    assert not any(judge(edit.key, edit.source) for edit in edits)
+    (held_out,) = {edit.before.background.photo for edit, _ in demo.photo_edits(3, photos_of("test", tmp_path))}
+    assert held_out not in photos_of("train", tmp_path) + photos_of("calibration", tmp_path)
 
 
 @pytest.mark.parametrize(("flag", "least"), [("demo_edits", 1), ("demo_photo_edits", 0), ("demo_batch_size", 1)])

@@ -104,6 +104,6 @@ def normal(requirement):
 def test_every_photograph_is_credited():
     """CC BY asks for author, licence and source wherever a picture is passed on."""
     table = (ROOT / "docs" / "credits.md").read_text(encoding="utf-8")
-    assert all(f"`{Path(name).name}`" in table for _, name in PACKAGED_PHOTOS["train"] + PACKAGED_PHOTOS["test"])
+    assert all(f"`{Path(name).name}`" in table for photos in PACKAGED_PHOTOS.values() for _, name in photos)
     credits = (LIBRARY / "photographs" / "CREDITS.txt").read_text(encoding="utf-8")
     assert all(path.name in credits for path in (LIBRARY / "photographs").glob("*.jpg"))

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 
+from thinkclearly.data.options import DataArguments
 from thinkclearly.data.shapes import Background, Scene, ShapeEdit, edit_scene, random_scene
 from thinkclearly.data.sources import EditExample, photos_of, shapes
 from thinkclearly.editing.editor import Editor
@@ -58,6 +60,12 @@ def photo_edits(count: int, photos: list[str], seed: int = 7) -> list[tuple[Shap
     return pairs
 
 
+def held_out_edits(count: int, data: DataArguments) -> Dataset:
+    """Photo pairs on the photographs that are held out, other ones than training evaluates on."""
+    options = {"size": data.shapes_size, "seed": data.split_seed + 1, "photos_folder": data.photos_folder}
+    return shapes(count, split="test", **options)
+
+
 def main(argv: list[str] | None = None) -> None:
     options, method, demo = parse_options(argv, "thinkclearly demo", also=(DemoArguments,))
     data, training = options.data, options.training
@@ -73,9 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     editor = Editor(*load_clear_model(training.output_dir, device=device, merge=True))
     started = time.perf_counter()
-    options = {"size": data.shapes_size, "seed": data.split_seed + 1, "photos_folder": data.photos_folder}
-    rows = shapes(demo.demo_edits, split="test", **options)
-    held_out = evaluate_rows(editor, rows, data, demo.demo_batch_size)
+    held_out = evaluate_rows(editor, held_out_edits(demo.demo_edits, data), data, demo.demo_batch_size)
     measured = {"edits": held_out}
     if demo.demo_photo_edits:
         photos = photo_edits(demo.demo_photo_edits, photos_of("test", data.photos_folder))
