@@ -11,6 +11,7 @@ from transformers import TrainerControl, TrainerState
 
 from thinkclearly.models.cross_entropy import Scores
 from thinkclearly.models.instruction_head import InstructionModel
+from thinkclearly.sequence import Dropout
 from thinkclearly.training import callbacks
 from thinkclearly.training.callbacks import CollapseAlarm, SampleEdits, Speed, TuneClearWeight
 
@@ -86,14 +87,14 @@ def test_speed_is_known_where_the_system_tells_no_peak_memory(golden, tmp_path, 
 def test_dropout_is_drawn_anew_each_epoch(golden, tmp_path):
     pair, rows = fresh(golden), records(golden, 8)
     trainer = make_trainer(pair, rows, tmp_path, num_train_epochs=2, per_device_train_batch_size=8, drop=(0.3, 0.5))
-    collator, seen = trainer.data_collator, []
-    original = collator.condition
+    seen = []
 
-    def condition(key):
-        seen.append((int(collator.epoch), key, original(key)))
-        return seen[-1][-1]
+    class Watched(Dropout):
+        def row(self, sample, key, epoch):
+            seen.append((epoch, key, super().row(sample, key, epoch).withheld))
+            return super().row(sample, key, epoch)
 
-    collator.condition = condition
+    trainer.data_collator.dropout = Watched(0.3, 0.5, seed=3)
     trainer.train()
     epochs = [{key: value for number, key, value in seen if number == epoch} for epoch in (0, 1)]
     assert len(epochs[0]) == len(epochs[1]) == 8 and epochs[0] != epochs[1]

@@ -17,13 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from thinkclearly import cli, jobs
+from thinkclearly import cli
 from thinkclearly.data.jsonl import read_jsonl
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.data.sources import EditExample, write_folder
 from thinkclearly.models.instruction_head import CONFIG_FILE
 from thinkclearly.models.janus.checkpoint import TINY
 from thinkclearly.recipe import RecipeParser
+from thinkclearly.training.methods import load_method, option_classes
 from thinkclearly.training.options import RunArguments
 
 ROOT = Path(__file__).parents[1]
@@ -329,7 +330,7 @@ def test_calibrate_writes_what_it_found_beside_the_weights(tmp_path, capsys, cap
 def test_recipes_are_read_by_every_job_that_documents_them(recipe, job, monkeypatch, tmp_path):
     options = parser_of(job, monkeypatch).parse([str(recipe), "--output_dir", str(tmp_path)])
     kinds = {type(part): part for part in options}
-    assert job == "prepare" or set(jobs.TRAIN_OPTIONS) <= kinds.keys()
+    assert job == "prepare" or set(option_classes(load_method("clear"))) <= kinds.keys()
     values = {name: value for part in options for name, value in vars(part).items()}
     assert values["output_dir"] == str(tmp_path) and values["source"] in ("magicbrush", "shapes")
 

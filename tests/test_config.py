@@ -6,13 +6,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from thinkclearly import jobs
 from thinkclearly.data.options import DataArguments
+from thinkclearly.editing.settings import SettingOverrides
+from thinkclearly.editing.settings import given as overridden
 from thinkclearly.recipe import RecipeParser
 from thinkclearly.training.clear import ClearArguments
 from thinkclearly.training.options import LoraArguments, ModelArguments, RunArguments
 
-ROOMS = [ModelArguments, LoraArguments, DataArguments, ClearArguments, jobs.SettingOverrides]
+ROOMS = [ModelArguments, LoraArguments, DataArguments, ClearArguments, SettingOverrides]
 
 
 @pytest.fixture(autouse=True)
@@ -217,9 +218,9 @@ def test_the_recipes_that_ship_are_valid(pytestconfig, monkeypatch):
     recipes = (pytestconfig.rootpath / "recipes").glob("*.yaml")
     for path in sorted(path for path in recipes if path.stem != "edit"):  # a job of its own; see test_cli
         model, *_, training, overrides = parse(
-            str(path), "--bf16", "false", "--use_cpu", "true", kinds=[*kinds, jobs.SettingOverrides]
+            str(path), "--bf16", "false", "--use_cpu", "true", kinds=[*kinds, SettingOverrides]
         )
-        assert model.base_model and training.output_dir and jobs.given(overrides)
+        assert model.base_model and training.output_dir and overridden(overrides)
 
 
 def test_help_lists_every_option(capsys):

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from random_photos import photo
 
-from thinkclearly import demo, jobs
-from thinkclearly.config import DataArguments
+from thinkclearly import demo
+from thinkclearly.data.options import DataArguments
 from thinkclearly.data.sources import photos_of, read_example
-from thinkclearly.evaluation.edits import Evaluation
+from thinkclearly.evaluation.edits import Evaluation, judge_shapes
 
 
 def test_without_photographs_the_report_has_the_held_out_edits_alone(tmp_path):
@@ -81,7 +81,7 @@ def test_edits_over_photographs_of_a_folder_are_judged_by_the_scenes_that_were_d
     for i in range(5):
         photo(i, 80, 64).save(tmp_path / f"{i}.png")
     data = DataArguments(photos_folder=str(tmp_path))
-    judge = jobs.judge_shapes(str(tmp_path))
+    judge = judge_shapes(str(tmp_path))
     edits = [read_example(row) for row in demo.held_out_edits(12, data)]
     assert all(judge(edit.key, edit.target) for edit in edits)
     assert not any(judge(edit.key, edit.source) for edit in edits)

@@ -54,8 +54,9 @@ def several(folder, jobs):
     with logits in chunks of 50 positions at most."""
     script = folder / "several.py"
     script.write_text(
-        "from thinkclearly import cli\nfrom thinkclearly.data import prepare\nfrom thinkclearly.models import cross_entropy as scores\n"
-        "prepare.SHARD_SIZE = 3\nscores.CHUNK = 50\n" + "".join(f"cli.start({job!r}, {argv})\n" for job, argv in jobs)
+        "from thinkclearly import cli\nfrom thinkclearly.data import encode\n"
+        "from thinkclearly.models import cross_entropy\nencode.SHARD_SIZE = 3\ncross_entropy.CHUNK = 50\n"
+        + "".join(f"cli.start({job!r}, {argv})\n" for job, argv in jobs)
     )
     return script
 

@@ -61,7 +61,7 @@ def test_batches_hold_what_the_tower_gives(cached):
     batch = collate(rows.to_list())
     assert "pixel_values" not in batch
     with torch.no_grad():
-        expected = features.model.token_model.see(plain["pixel_values"])
+        expected = model.token_model.see(plain["pixel_values"])
         torch.testing.assert_close(batch["features"], expected, atol=1e-5, rtol=1e-5)
         same = plain | {"features": expected}  # one by one: bit for bit
         assert torch.equal(model(**same).nll, model(**plain).nll)
@@ -75,12 +75,13 @@ def test_each_picture_is_computed_once(golden, cached, tmp_path, monkeypatch):
     lost.unlink()
     seen = []
 
-    def count(janus, pixels):
+    def count(family, pixels):
         seen.append(len(pixels))
-        return tower(janus, pixels)
+        return see(family, pixels)
 
-    tower = features.tower_features
-    monkeypatch.setattr(features, "tower_features", count)
+    family = type(pair[0].token_model)
+    see = family.see
+    monkeypatch.setattr(family, "see", count)
     shuffled = rows.select([4, 0, 3, 1, 2])  # another split or order, the same pictures
     features.cache_features([shuffled.select([0]), shuffled], *pair, tmp_path / "prepared")
     assert seen == [1]
@@ -95,7 +96,7 @@ def test_another_tower_has_another_folder(golden, cached, tmp_path):
         other = features.cache_features([rows.select([0])], model, processor, tmp_path / "prepared")
         folders.add(other.folder)
     assert len(folders) == 3
-    assert other.read(rows.select([0]).to_list()).dtype == torch.bfloat16
+    assert other.read([("record 0", rows[0]["source"])]).dtype == torch.bfloat16
     moved = copy.copy(processor)
     moved.image_mean = [0.4] * 3
     assert features.cache_features([rows.select([0])], model, moved, tmp_path / "prepared").folder not in folders
@@ -105,9 +106,11 @@ def test_what_cannot_be_cached_is_refused(cached, tmp_path):
     (model, processor), rows, _ = cached
     with pytest.raises(ValueError, match="no pictures; leave cache_features out"):
         features.cache_features([rows.remove_columns("source")], model, processor, tmp_path)
+    rows = rows.select([0])
     for nothing in (None, {"bytes": None, "path": None}):
+        bare = rows.remove_columns("source").add_column("source", [nothing], feature=COLUMNS["source"])
         with pytest.raises(BadRecord, match="record 0: no source picture; leave cache_features out"):
-            features.FeatureCache(tmp_path).path({"key": "record 0", "source": nothing})
+            features.cache_features([bare], model, processor, tmp_path)
     next(model.base.model.vision_model.parameters()).requires_grad_(True)
     with pytest.raises(ValueError, match="vision tower is trained"):
         features.cache_features([rows], model, processor, tmp_path)
@@ -115,11 +118,12 @@ def test_what_cannot_be_cached_is_refused(cached, tmp_path):
 
 def test_a_lost_or_broken_file_is_named(cached):
     _, rows, cache = cached
-    path = cache.path(rows[0])
+    picture = rows[0]["source"]
+    path = cache.path(picture, "record 0")
     for damage in (lambda: path.write_bytes(path.read_bytes()[:50]), path.unlink):
         damage()
         with pytest.raises(BadRecord, match=f"record 0: .*{path.name}.*start again"):
-            cache.read([rows[0]])
+            cache.read([("record 0", picture)])
 
 
 def test_a_recipe_can_ask_for_it(golden, tmp_path):

@@ -6,12 +6,15 @@ import huggingface_hub
 import pytest
 import torch
 
-from thinkclearly import cli, jobs
+from thinkclearly import cli
+from thinkclearly.data.options import DataArguments
 from thinkclearly.models.instruction_head import ClearConfig
 from thinkclearly.models.janus.meta import empty_janus
 from thinkclearly.models.load import Checkpoint, load_checkpoint
-from thinkclearly.training import memory
-from thinkclearly.training.options import LoraArguments, ModelArguments
+from thinkclearly.training import memory, setup
+from thinkclearly.training.clear import ClearArguments
+from thinkclearly.training.options import LoraArguments, ModelArguments, Options, RunArguments
+from thinkclearly.training.setup import build_model
 
 
 @pytest.fixture(params=["golden", "tiny"])
@@ -21,7 +24,8 @@ def base(request, golden):
 
 def build(base, checkpoint, **lora):
     config = ClearConfig(checkpoint.token_model.codebook_size)
-    return jobs.build_model(ModelArguments(base), LoraArguments(lora_dropout=0.0, **lora), checkpoint, config)
+    parts = LoraArguments(lora_dropout=0.0, **lora), DataArguments(), ClearArguments(), RunArguments()
+    return build_model(Options(ModelArguments(base), *parts, {}), checkpoint, config)
 
 
 def empty(base, **lora):
@@ -63,7 +67,7 @@ def test_activations_are_what_autograd_keeps(golden, autocast):
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
     ):
-        loss = model(**memory.example_batch(model.config, 2)).nll.sum()
+        loss = model(**memory.example_batch(model.token_model, 2)).nll.sum()
     softmax = 4 * 2 * n * 129
     real = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own) - softmax
     found, logits = memory.activations(empty(base, lora_r=4), 2, autocast, checkpointing=False)
@@ -82,7 +86,7 @@ def test_a_config_of_deepseek_alone_is_enough(tmp_path):
 
 
 def test_a_dry_run_prints_a_table_and_touches_nothing(base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(jobs, "load_checkpoint", None)
+    monkeypatch.setattr(setup, "load_checkpoint", None)
     argv = ["--base_model", base, "--dry_run", "true", "--load_in_4bit", "true", "--optim", "paged_adamw_8bit"]
     cli.main(["train", *argv, "--output_dir", str(tmp_path / "out"), "--activation_checkpointing", "true"])
     page = capsys.readouterr().out

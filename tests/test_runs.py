@@ -3,17 +3,14 @@
 import pytest
 from datasets import Dataset
 
-from thinkclearly import jobs
-from thinkclearly.editing.settings import given
-from thinkclearly.recipe import RecipeParser
-from thinkclearly.training.options import RunArguments
+from thinkclearly.training.methods import parse_options
 from thinkclearly.training.runs import MAY_CHANGE, RUN_FILE, check_unchanged, data_fingerprint, describe_run, read_run
 
 
 def run_of(*argv):
-    *parts, training, overrides = RecipeParser(jobs.TRAIN_OPTIONS).parse(list(argv))
-    assert isinstance(training, RunArguments)
-    return describe_run(training, parts, given(overrides))
+    options, _ = parse_options(list(argv), "thinkclearly train")
+    parts = options.model, options.lora, options.data, options.method
+    return describe_run(options.training, parts, options.settings)
 
 
 def test_a_run_is_read_back_as_it_was(tmp_path):

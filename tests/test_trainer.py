@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate import DeepSpeedPlugin
-from thinkclearly.training.trainer import weighted_loss
 from tiny_runs import CODES, POSITIONS, Touch, batch_of, fresh, history, make_trainer, records, trained
 
+from thinkclearly.models.cross_entropy import weighted_loss
 from thinkclearly.models.finetunes import load_clear_model
 from thinkclearly.training.callbacks import TuneClearWeight
+
+
+def mean_loss(pair, batch):
+    """What CLEAR's weight of 0.3 makes of a batch."""
+    weights = torch.where(batch["labels"] >= CODES, 0.3, 1.0)
+    return weighted_loss(pair[0].eval()(**batch).nll, weights).item()
 
 
 def test_accumulation_and_batches_train_identically(golden, tmp_path):
@@ -76,7 +82,7 @@ def test_evaluation_drops_nothing(golden, tmp_path):
     found = [trainer.evaluate()["eval_loss"] for _ in range(2)]
     batch = batch_of(pair, rows)
     with torch.no_grad():
-        expected = weighted_loss(pair[0].eval()(**batch).nll, batch["labels"], CODES, 0.3).item()
+        expected = mean_loss(pair, batch)
     assert found == pytest.approx([expected, expected], rel=1e-5)
     trainer.clear_weight = 0.9  # a moving weight must not make evaluation losses incomparable
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
@@ -87,7 +93,7 @@ def test_evaluation_is_the_same_for_any_batch_size(golden, tmp_path):
     rows[4]["output_tokens"] = [CODES] * POSITIONS  # records of different weight: a mean of means would tell
     batch = batch_of(pair, rows)
     with torch.no_grad():
-        expected = weighted_loss(pair[0].eval()(**batch).nll, batch["labels"], CODES, 0.3).item()
+        expected = mean_loss(pair, batch)
     found = []
     for size in (1, 2, 5):
         trainer = make_trainer(pair, rows, tmp_path, eval_rows=rows, per_device_eval_batch_size=size)

@@ -2,13 +2,14 @@
 
 import numpy as np
 import torch
-from thinkclearly.training.trainer import ClearEditTrainer
 
 from thinkclearly.data.collator import Collator
 from thinkclearly.models.instruction_head import ClearConfig
 from thinkclearly.models.load import load_checkpoint
+from thinkclearly.sequence import Dropout
 from thinkclearly.training.adapters import add_lora
 from thinkclearly.training.callbacks import EpochOfDropout
+from thinkclearly.training.clear import ClearEditTrainer
 from thinkclearly.training.options import RunArguments
 
 CODES, POSITIONS = 128, 36
@@ -32,18 +33,18 @@ def fresh(golden, seed=0, lora_dropout=0.0, **lora):
 
 def records(golden, count, seed=0):
     rng = np.random.default_rng(seed)
-    rows = []
+    picture, rows = {"path": str(golden / "images/square.png"), "bytes": None}, []
     for i in range(count):
         source, target = rng.integers(0, CODES, (2, POSITIONS))
         labels = np.where(rng.random(POSITIONS) < 0.5, CODES, target)
-        row = {"key": f"record {i}", "instruction": INSTRUCTIONS[i % 3], "source": golden / "images/square.png"}
+        row = {"key": f"record {i}", "instruction": INSTRUCTIONS[i % 3], "source": picture}
         rows.append(row | {"input_tokens": source.tolist(), "output_tokens": labels.tolist()})
     return rows
 
 
 def make_trainer(pair, rows, output_dir, *, drop=(0.1, 0.5), clear_head_lr=None, callbacks=(), eval_rows=None, **args):
     model, processor = pair
-    collator = Collator(processor, model.vocabulary, *drop, seed=3)
+    collator = Collator(processor, model.vocabulary, Dropout(*drop, seed=3))
     defaults = {"logging_steps": 1, "save_strategy": "no", "eval_strategy": "no", "learning_rate": 1e-3}
     defaults |= {"use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
     return ClearEditTrainer(

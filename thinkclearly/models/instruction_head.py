@@ -169,10 +169,12 @@ class InstructionModel(nn.Module):
             features = family.see(pixel_values)
         embeds = family.embed_prompt(prompt, features, source_tokens)
         # 2. What is fed back. Where a label is an instruction, its transform's code, as inference does.
-        draws = prompt.drawn_slots >= 0
+        # Where all rows draw, nothing depends on values: counting memory has none, and a GPU need not wait for them.
+        rows = len(prompt.drawn_slots)
+        draws = slice(None) if len(labels) == rows else prompt.drawn_slots >= 0
         codes = labels if transformed is None else self.vocabulary.remap(labels, transformed)
         if len(codes):
-            fed_back = embeds.new_zeros(len(draws), codes.shape[1] - 1, embeds.shape[-1])
+            fed_back = embeds.new_zeros(rows, codes.shape[1] - 1, embeds.shape[-1])
             fed_back[draws] = family.embed_codes(codes[:, :-1]).to(embeds)
             embeds = fill(embeds, prompt.drawn_slots, fed_back)
         # 3. Drawn pictures end their rows; the BOI before them predicts the first code.
