@@ -14,6 +14,9 @@ import pytest
 from hub_server import HubServer
 from safetensors.torch import load_file
 
+from thinkclearly.data import encode
+from thinkclearly.models.janus.model import Janus
+
 GOLDEN_ROOT = Path(os.environ.get("GOLDEN_ROOT", Path(__file__).parent / "fixtures"))
 if not (GOLDEN_ROOT / "janus_tiny").is_dir():
     raise pytest.UsageError(f"GOLDEN_ROOT={GOLDEN_ROOT} has no folder janus_tiny; see tests/fixtures.")
@@ -69,6 +72,25 @@ def sizes(golden, weights) -> SimpleNamespace:
 def own_cache(tmp_path_factory, monkeypatch):
     """A cache of `datasets` that no other test has filled."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Two records a shard."""
+    monkeypatch.setattr(encode, "SHARD_SIZE", 2)
+
+
+@pytest.fixture
+def encoded_pictures(monkeypatch):
+    """How many pictures each call of the tokenizer was given."""
+    calls, real = [], Janus.encode
+
+    def counting(janus, pixels):
+        calls.append(len(pixels))
+        return real(janus, pixels)
+
+    monkeypatch.setattr(Janus, "encode", counting)
+    return calls
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from thinkclearly.data import sources
 from thinkclearly.data.inspect import MEANING, inspect_dataset
 from thinkclearly.data.jsonl import read_jsonl, write_jsonl
 from thinkclearly.data.prepare import prepare_dataset
+from thinkclearly.models.janus.model import Janus
 from thinkclearly.models.load import load_checkpoint
 
 K, N = 128, 36
@@ -145,7 +146,7 @@ def test_a_selection_is_measured_as_it_is(prepared, checkpoint, tmp_path):
 def test_the_sheet_shows_the_codes(prepared, checkpoint, tmp_path, monkeypatch):
     shown = []
     decode = lambda janus, tokens: shown.append(tokens) or torch.zeros(len(tokens), 3, 96, 96)  # noqa: E731
-    monkeypatch.setattr("thinkclearly.data.inspect.decode_tokens", decode)
+    monkeypatch.setattr(Janus, "decode", decode)
     inspect_dataset(prepared.select([0]), checkpoint, tmp_path)
     row = prepared[0]
     assert shown[0].tolist() == [row["input_tokens"], row["target_tokens"]]

@@ -39,7 +39,7 @@ def test_clear_is_the_identity_and_the_only_word():
 
 
 def test_unknown_words():
-    with pytest.raises(ValueError, match=r"Unknown instruction tokens \['BLUR'\]; this version knows \['CLEAR'\]"):
+    with pytest.raises(ValueError, match=r"Unknown instruction tokens \['BLUR'\]; known are \['CLEAR'\]"):
         InstructionVocabulary(K, ("CLEAR", "BLUR"))
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from random_photos import photo
 
-from thinkclearly.data import prepare, sources
+from thinkclearly.data import sources
 from thinkclearly.data.encode import INFO_FILE
 from thinkclearly.data.jsonl import write_jsonl
 from thinkclearly.data.options import DataArguments
@@ -19,6 +19,7 @@ from thinkclearly.data.prepare import prepare_dataset
 from thinkclearly.data.sources import EditExample, write_folder
 from thinkclearly.data.splits import PARTS, build_data, held_out_counts, read_rows
 from thinkclearly.images import load_image
+from thinkclearly.models.janus.model import Janus
 from thinkclearly.models.load import load_checkpoint
 
 SESSIONS, TURNS = 8, 3
@@ -142,7 +143,7 @@ def test_turns_whose_pictures_differ_stay_in_their_session(turns, checkpoint, tm
 def test_other_counts_encode_nothing_anew_and_keep_the_reported_records(everything, checkpoint, monkeypatch):
     options = everything["folder"]
     first = build_data(DataArguments(**HELD_OUT, **options), checkpoint)
-    monkeypatch.setattr(prepare, "encode_tokens", None)
+    monkeypatch.setattr(Janus, "encode", None)
     again = build_data(DataArguments(**(HELD_OUT | {"calibration_edits": 6}), **options), checkpoint)
     assert again.test["key"][:] == first.test["key"][:] and len(again.calibration) == 6
 
