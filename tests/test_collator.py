@@ -12,7 +12,7 @@ from thinkclearly.images import Letterbox
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.instruction_head import ClearConfig, InstructionModel
 from thinkclearly.models.load import load_checkpoint
-from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND
+from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND, Dropout, drawing, named_row
 
 K, N = 128, 36
 
@@ -36,7 +36,11 @@ def rows(photos, checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def collator(checkpoint):
-    return lambda *args, **kwargs: Collator(checkpoint.processor, InstructionVocabulary(K), *args, **kwargs)
+    def make(drop_all=0.0, drop_source=0.0, seed=0, **kwargs):
+        dropout = Dropout(drop_all, drop_source, seed)
+        return Collator(checkpoint.processor, InstructionVocabulary(K), dropout, **kwargs)
+
+    return make
 
 
 def tokens(rows, name):
@@ -45,7 +49,8 @@ def tokens(rows, name):
 
 def test_full_rows_are_the_prompts_of_inference(rows, checkpoint, collator):
     batch = collator()(rows)
-    prompt = checkpoint.processor.edit_rows([row["instruction"] for row in rows], [FULL] * len(rows))
+    shown = [named_row(drawing(row["instruction"], [i]), FULL) for i, row in enumerate(rows)]
+    prompt = checkpoint.processor.rows(shown, outputs=True)
     for name, value in vars(prompt).items():
         assert torch.equal(batch[name], value), name
     assert torch.equal(batch["source_tokens"], tokens(rows, "input_tokens"))
@@ -62,17 +67,17 @@ def test_left_padding(rows, checkpoint, collator):
     alone = collator()(rows[:1])
     padding = int((mask[0] == 0).sum())
     assert torch.equal(batch["input_ids"][0, padding:], alone["input_ids"][0])
-    assert batch["image_slot"][0] == alone["image_slot"][0] + padding
+    assert batch["seen_slots"][0] == alone["seen_slots"][0] + padding
     for i in range(2):
-        for slot, id_ in (("image_slot", checkpoint.processor.image_id), ("source_slot", checkpoint.processor.pad_id)):
-            start = int(batch[slot][i])
+        for slot, id_ in (("seen_slots", checkpoint.processor.image_id), ("known_slots", checkpoint.processor.pad_id)):
+            start = int(batch[slot][i, 0])
             assert (batch["input_ids"][i, start : start + N] == id_).all()
 
 
-def test_part_rows_have_no_source_but_keep_their_labels(rows, collator):
+def test_rows_without_source_have_no_codes_but_keep_their_labels(rows, collator):
     batch, full = collator(drop_source=1.0)(rows), collator()(rows)
-    assert (batch["source_slot"] == -1).all()
-    for name in ("input_ids", "image_slot", "labels", "source_tokens", "pixel_values"):
+    assert (batch["known_slots"] == -1).all()
+    for name in ("input_ids", "seen_slots", "labels", "source_tokens", "pixel_values"):
         assert torch.equal(batch[name], full[name])
     assert (batch["labels"] == K).any()
 
@@ -80,9 +85,9 @@ def test_part_rows_have_no_source_but_keep_their_labels(rows, collator):
 def test_uncond_rows_are_told_nothing(rows, checkpoint, collator):
     processor = checkpoint.processor
     batch = collator(drop_all=1.0, drop_source=1.0)(rows)
-    assert (batch["image_slot"] == -1).all() and (batch["source_slot"] == -1).all()
+    assert (batch["seen_slots"] == -1).all() and (batch["known_slots"] == -1).all()
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"]):
-        seen = ids[mask == 1].tolist()
+        seen = ids[mask == 1][: 1 - N].tolist()  # what is drawn comes after the BOI
         assert seen[0] == processor.bos_id and seen[-1] == processor.boi_id
         assert set(seen[1:-1]) == {processor.pad_id}
     labels, source, given = batch["labels"], batch["source_tokens"], tokens(rows, "output_tokens")
@@ -112,47 +117,54 @@ def test_a_broken_picture_is_named(rows, collator, tmp_path):
 # Dropout
 
 KEYS = [f"data[{i}]" for i in range(4000)]
+EDIT = drawing("Make it blue.", [0])
+NAMES = {named_row(EDIT, name): name for name in (FULL, NO_SOURCE, UNCOND)}
+
+
+def condition(collate, key):
+    """The name of the row that a record shows in the epoch that the collator is in."""
+    return NAMES[collate.dropout.row(EDIT, key, int(collate.epoch))]
 
 
 def test_shares(collator):
-    drops = np.array([collator(0.1, 0.5).condition(key) for key in KEYS])
+    drops = np.array([condition(collator(0.1, 0.5), key) for key in KEYS])
     assert np.mean(drops == UNCOND) == pytest.approx(0.1, abs=0.02)
     assert np.mean(drops == NO_SOURCE) == pytest.approx(0.45, abs=0.03)
-    assert {collator().condition(key) for key in KEYS[:100]} == {FULL}
+    assert {condition(collator(), key) for key in KEYS[:100]} == {FULL}
 
 
 def test_conditions_depend_on_key_epoch_and_seed_alone(collator):
     first, again, other = collator(0.2, 0.5), collator(0.2, 0.5), collator(0.2, 0.5, seed=1)
-    drops = [first.condition(key) for key in KEYS[:200]]
-    assert drops == [again.condition(key) for key in reversed(KEYS[:200])][::-1]
-    assert drops != [other.condition(key) for key in KEYS[:200]]
+    drops = [condition(first, key) for key in KEYS[:200]]
+    assert drops == [condition(again, key) for key in reversed(KEYS[:200])][::-1]
+    assert drops != [condition(other, key) for key in KEYS[:200]]
     first.epoch.fill_(1)
-    later = [first.condition(key) for key in KEYS[:200]]
+    later = [condition(first, key) for key in KEYS[:200]]
     assert 60 < sum(a != b for a, b in zip(drops, later)) < 160
 
 
 def test_a_row_is_the_same_in_any_batch(rows, collator):
     collates = (collator(0.3, 0.5, seed=seed) for seed in range(50))
-    collate = next(c for c in collates if len({c.condition(row["key"]) for row in rows}) == 3)
+    collate = next(c for c in collates if len({condition(c, row["key"]) for row in rows}) == 3)
     together = collate(rows)
     for i, row in enumerate(rows):
         alone = collate([row])
         assert torch.equal(alone["labels"][0], together["labels"][i])
         seen = together["input_ids"][i][together["attention_mask"][i] == 1]
         assert torch.equal(alone["input_ids"][0], seen)
-        assert (alone["source_slot"][0] >= 0) == (together["source_slot"][i] >= 0)
+        assert (alone["known_slots"][0, 0] >= 0) == (together["known_slots"][i, 0] >= 0)
 
 
 def test_workers_see_the_epoch(collator):
     collate = collator(0.2, 0.5)
     loader = torch.utils.data.DataLoader(
-        KEYS[:8], batch_size=8, num_workers=1, collate_fn=lambda keys: [collate.condition(key) for key in keys],
+        KEYS[:8], batch_size=8, num_workers=1, collate_fn=lambda keys: [condition(collate, key) for key in keys],
         persistent_workers=True,
     )  # fmt: skip
     seen = [next(iter(loader))]
     collate.epoch.fill_(5)
     seen.append(next(iter(loader)))
-    assert seen[1] == [collate.condition(key) for key in KEYS[:8]] != seen[0]
+    assert seen[1] == [condition(collate, key) for key in KEYS[:8]] != seen[0]
 
 
 def test_collator_can_be_pickled(rows, collator):
