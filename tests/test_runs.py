@@ -67,3 +67,21 @@ def test_a_fingerprint_is_of_the_content_in_its_order():
     for name, value in (("key", "9"), ("instruction", "y"), ("input_tokens", [0, 3]), ("output_tokens", [3, 1])):
         assert data_fingerprint(Dataset.from_list([rows[0] | {name: value}, *rows[1:]])) != data_fingerprint(whole)
     assert data_fingerprint(whole.add_column("source", list("abcde"))) == data_fingerprint(whole)
+
+
+def test_a_fingerprint_tells_which_record_shows_which_pictures_and_what_is_answered():
+    rows = [
+        {"key": "a", "instruction": "x", "input_tokens": [], "output_tokens": [1, 2], "answer": None},
+        {"key": "b", "instruction": "y", "input_tokens": [3, 4, 5, 6], "output_tokens": [1, 2], "answer": None},
+        {"key": "c", "instruction": "z", "input_tokens": [7, 8], "output_tokens": [], "answer": "A star."},
+    ]
+    found = {data_fingerprint(Dataset.from_list(rows))}
+    moved = [rows[0] | {"input_tokens": [3, 4]}, rows[1] | {"input_tokens": [5, 6]}, rows[2]]
+    found.add(data_fingerprint(Dataset.from_list(moved)))
+    found.add(data_fingerprint(Dataset.from_list([*rows[:2], rows[2] | {"answer": "A circle."}])))
+    assert len(found) == 3 and data_fingerprint(Dataset.from_list(rows)) in found
+
+
+def test_fingerprints_of_checkpoints_that_earlier_versions_wrote_still_count():
+    rows = [{"key": str(i), "instruction": "x", "input_tokens": [i, 2], "output_tokens": [3, i]} for i in range(2)]
+    assert data_fingerprint(Dataset.from_list(rows)) == "9821409f16529f48"

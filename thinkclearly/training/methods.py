@@ -62,16 +62,16 @@ def parse_options(argv: list[str] | None, prog: str, description: str | None = N
 
 def _named_method(argv: list[str]) -> str:
     """The method of a command line, before anything else of it is read: it decides which options there are."""
-    for i, word in enumerate(argv):
+    for word, value in reversed([*zip(argv, [*argv[1:], None])]):  # the last one counts, as argparse has it
         if word.startswith("--method="):
             return word.partition("=")[2]
-        if word == "--method" and i + 1 < len(argv):
-            return argv[i + 1]
+        if word == "--method" and value is not None:
+            return value
     if argv and argv[0].endswith((".yaml", ".yml")):
         try:
             recipe = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))
         except Exception:  # the parser says what is wrong with it
             return RunArguments.method
-        if isinstance(recipe, dict) and isinstance(recipe.get("method"), str):
-            return recipe["method"]
+        if isinstance(recipe, dict) and "method" in recipe:
+            return str(recipe["method"])
     return RunArguments.method

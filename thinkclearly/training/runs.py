@@ -114,7 +114,7 @@ def read_run(directory: str | Path) -> Run | None:
 def check_unchanged(earlier: Run, now: Run, where: str | Path) -> None:
     """Raises `ValueError`, which names every difference that the weights depend on; none must go on as if the same."""
     differing = _differences(earlier.options, now.options)
-    follows = now.options["tune_clear_weight"] or now.options["load_best_model_at_end"]
+    follows = now.options.get("tune_clear_weight") or now.options["load_best_model_at_end"]
     refused = {name for name in differing if name not in MAY_CHANGE or follows and name in EVALUATION}
     prints = _differences(earlier.fingerprints, now.fingerprints)
     if prints:
@@ -160,12 +160,18 @@ def allowed_changes(earlier: Run, now: Run, checkpoint: Path) -> list[dict]:
 def data_fingerprint(rows: Dataset) -> str:
     """Of all that training reads of prepared records but their pictures, which the tokens stand for: SHA-256."""
     digest = hashlib.sha256()
-    columns = ("key", "instruction", "input_tokens", "output_tokens")
-    for batch in rows.select_columns(list(columns)).with_format("numpy").iter(1000):
+    columns = ("key", "instruction", "input_tokens", "output_tokens", "answer", "transformed_tokens", "content")
+    columns = [name for name in columns if name in rows.column_names]
+    for batch in rows.select_columns(columns).with_format("numpy").iter(1000):
         for name in columns:
-            values = batch[name]
-            is_text = name in ("key", "instruction")
-            digest.update(json.dumps(list(values)).encode() if is_text else np.asarray(values, np.int32).tobytes())
+            if name in ("key", "instruction", "answer"):
+                digest.update(json.dumps(list(batch[name])).encode())
+                continue
+            values = [np.asarray(value, np.int32) for value in batch[name]]
+            lengths = list(map(len, values))
+            if len(set(lengths)) > 1:  # records show any number of pictures, and not all of them draw one
+                digest.update(json.dumps(lengths).encode())
+            digest.update(np.concatenate(values).tobytes())
     return digest.hexdigest()[:16]
 
 
