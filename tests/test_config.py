@@ -8,9 +8,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from thinkclearly.data.options import DataArguments
 from thinkclearly.editing.settings import SettingOverrides
-from thinkclearly.editing.settings import given as overridden
 from thinkclearly.recipe import RecipeParser
 from thinkclearly.training.clear import ClearArguments
+from thinkclearly.training.methods import parse_options
 from thinkclearly.training.options import LoraArguments, ModelArguments, RunArguments
 
 ROOMS = [ModelArguments, LoraArguments, DataArguments, ClearArguments, SettingOverrides]
@@ -214,13 +214,11 @@ def test_training_arguments_are_checked(recipe, capsys, text, message):
 
 def test_the_recipes_that_ship_are_valid(pytestconfig, monkeypatch):
     monkeypatch.chdir(pytestconfig.rootpath)
-    kinds = [ModelArguments, LoraArguments, DataArguments, ClearArguments, RunArguments]
     recipes = (pytestconfig.rootpath / "recipes").glob("*.yaml")
     for path in sorted(path for path in recipes if path.stem != "edit"):  # a job of its own; see test_cli
-        model, *_, training, overrides = parse(
-            str(path), "--bf16", "false", "--use_cpu", "true", kinds=[*kinds, SettingOverrides]
-        )
-        assert model.base_model and training.output_dir and overridden(overrides)
+        options, method = parse_options([str(path), "--bf16", "false", "--use_cpu", "true"], "thinkclearly train")
+        assert options.model.base_model and options.training.output_dir and options.settings
+        assert isinstance(options.method, method.Arguments)
 
 
 def test_help_lists_every_option(capsys):

@@ -1,10 +1,12 @@
 """The dry run counts what the real model has, and what autograd really keeps."""
 
 import json
+import re
 
 import huggingface_hub
 import pytest
 import torch
+from transformers import get_scheduler
 
 from thinkclearly import cli
 from thinkclearly.data.options import DataArguments
@@ -13,6 +15,7 @@ from thinkclearly.models.janus.meta import empty_janus
 from thinkclearly.models.load import Checkpoint, load_checkpoint
 from thinkclearly.training import memory, setup
 from thinkclearly.training.clear import ClearArguments
+from thinkclearly.training.methods import parse_options
 from thinkclearly.training.options import LoraArguments, ModelArguments, Options, RunArguments
 from thinkclearly.training.setup import build_model
 
@@ -93,6 +96,40 @@ def test_a_dry_run_prints_a_table_and_touches_nothing(base, tmp_path, capsys, mo
     for word in ("language_model", "LoRA", "gradients", "optimizer states", "activations", "logits", "total", "FSDP2"):
         assert word in page
     assert "checkpointing on" in page and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["janus4o", "janus4o_lora"])
+def test_janus4os_recipes_train_every_part_but_the_tokenizer_or_lora(recipe, capsys, monkeypatch, pytestconfig):
+    monkeypatch.setattr(setup, "load_checkpoint", None)
+    path = pytestconfig.rootpath / "recipes" / f"{recipe}.yaml"
+    cli.main(["train", str(path), "--base_model", "tiny", "--dry_run", "true"])
+    page = capsys.readouterr().out
+    sizes = dict(re.findall(r"^(\w[\w ]*?)\s+([\d,]+)\s+[\d.]+$", page, re.MULTILINE))
+    sizes = {name: int(size.replace(",", "")) for name, size in sizes.items()}
+    learning = {"LoRA"} if "LoRA" in sizes else sizes.keys() - {"vqmodel", "gradients"}
+    assert ("LoRA" in sizes) == (recipe == "janus4o_lora") and "total" in page
+    assert sizes["gradients"] == sum(sizes[name] for name in learning)
+
+
+def test_janus4os_learning_rate_rises_over_a_twentieth_and_ends_at_its_floor(pytestconfig):
+    path = pytestconfig.rootpath / "recipes" / "janus4o.yaml"
+    training = parse_options([str(path), "--bf16", "false"], "thinkclearly train")[0].training
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight], lr=training.learning_rate)
+    schedule = get_scheduler(
+        training.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=training.get_warmup_steps(200),
+        num_training_steps=200,
+        scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+    )
+    rates = []
+    for _ in range(201):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == 0 and max(rates) == rates[10] == 5e-6
+    assert rates[200] == pytest.approx(0.15 * 5e-6) == min(rates[10:])
 
 
 def test_a_base_that_is_not_there_is_a_clear_error(tmp_path, monkeypatch):
