@@ -17,10 +17,10 @@ from thinkclearly.bench.run import TINY_CLEAR, BenchArguments, random_case, targ
 from thinkclearly.bench.scripted import SMALL_TOWERS, changed_patches, random_model
 from thinkclearly.bench.tables import render
 from thinkclearly.data.shapes import packaged_photos, random_edit
-from thinkclearly.decoding.engine import decode
+from thinkclearly.decoding.engine import decode, guided_rows
 from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.editing.editor import Editor
-from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND
+from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND, drawing, named_rows
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -46,9 +46,18 @@ def embedded(editor, picture, words):
     model, processor = editor.model, editor.processor
     pixels = processor.pixel_values([picture.resize((processor.image_size,) * 2)])
     source, features = model.token_model.encode(pixels), model.token_model.see(pixels)
-    rows = processor.edit_rows([words] * 3, [FULL, NO_SOURCE, UNCOND])
-    embeds = model.token_model.embed_prompt(rows, features.expand(3, -1, -1), source.expand(3, -1))
-    return embeds, rows.attention_mask, source
+    rows = processor.rows(named_rows([drawing(words, [0])], (FULL, NO_SOURCE, UNCOND)))
+    return model.token_model.embed_prompt(rows, features, source), rows.attention_mask, source
+
+
+def decoded(editor, embeds, mask, settings, source=None):
+    """One sample of one prompt: an edit where there is a source, else text-to-image."""
+    copied = {} if source is None else {"source_tokens": source, "transformed": source.unsqueeze(1)}
+    rows = guided_rows(settings, has_source=source is not None)
+    assert len(rows) == len(embeds)
+    return decode(
+        editor.model, embeds, mask, editor.processor.num_image_tokens, settings, rows=rows, samples=[(0, 0)], **copied
+    )
 
 
 # ---- what we are compared with -----------------------------------------------------------------------------------
@@ -60,8 +69,8 @@ def test_the_reference_loop_chooses_what_our_decoder_does_by_the_same_formula(ed
         weights = {"cfg_weight": 2.0, "cfg_weight2": 1.0, "temperature": 0.0}
         settings = DecodeSettings(guidance="joint", **weights)
         ids, tokens = reference_loop(editor.model, embeds, 64, source_tokens=source[0], **weights)
-        decoded = decode(editor.model, embeds, mask, 64, settings, source_tokens=source, samples=[(0, 0)])
-        assert decoded.ids[0].tolist() == ids and decoded.tokens[0].tolist() == tokens
+        ours = decoded(editor, embeds, mask, settings, source)
+        assert ours.class_ids[0].tolist() == ids and ours.fed_codes[0].tolist() == tokens
         assert 0 < sum(i == 1024 for i in ids) < 64
 
 
@@ -78,16 +87,16 @@ def test_a_row_of_weight_0_costs_the_reference_loop_time_and_changes_nothing(edi
 
 def test_all_draw_the_same_tokens_when_greedy(editor):
     prompt = "a red circle at the top left"
-    rows = editor.processor.generate_rows([prompt] * 2, [FULL, UNCOND])
+    rows = editor.processor.rows(named_rows([drawing(prompt)], (FULL, UNCOND)))
     embeds, weights = editor.model.token_model.embed_prompt(rows), {"cfg_weight": 3.0, "temperature": 0.0}
     _, tokens = reference_loop(editor.model, embeds, 64, **weights)
     assert transformers_generate(editor.model.base, editor.processor, prompt, **weights) == tokens
-    ours = decode(editor.model, embeds, rows.attention_mask, 64, DecodeSettings(**weights), samples=[(0, 0)])
-    assert ours.tokens[0].tolist() == tokens and len(set(tokens)) > 1
+    ours = decoded(editor, embeds, rows.attention_mask, DecodeSettings(**weights))
+    assert ours.fed_codes[0].tolist() == tokens and len(set(tokens)) > 1
 
 
 def test_sampling_stays_within_the_codes(editor):
-    rows = editor.processor.generate_rows(["a star"] * 2, [FULL, UNCOND])
+    rows = editor.processor.rows(named_rows([drawing("a star")], (FULL, UNCOND)))
     embeds = editor.model.token_model.embed_prompt(rows)
     torch.manual_seed(0)
     first, second = (reference_loop(editor.model, embeds, 8, temperature=1.5)[0] for _ in range(2))
@@ -120,9 +129,9 @@ def test_a_scripted_model_copies_where_the_script_says_by_every_decoder(scripted
     outputs = []
     for block in (1, 7, 0):
         settings = DecodeSettings(block=block, guidance=guidance)
-        decoded = decode(scripted.model, embeds, mask, 36, settings, source_tokens=source, samples=[(0, 0)])
-        assert (decoded.ids[0] < 64).tolist() == changed.tolist()
-        outputs.append(decoded.tokens[0].tolist())
+        ours = decoded(scripted, embeds, mask, settings, source)
+        assert (ours.class_ids[0] < 64).tolist() == changed.tolist()
+        outputs.append(ours.fed_codes[0].tolist())
     assert outputs[0] == outputs[1] == outputs[2]
 
 
@@ -133,7 +142,7 @@ def test_codes_can_be_guessed_where_the_noise_alone_decides(scripted):
     passes, scale = [], model.scale
     for model.scale in (0.01, 1.0):
         settings = DecodeSettings(block=36)
-        passes.append(decode(model, embeds, mask, 36, settings, samples=[(0, 0)]).passes)
+        passes.append(decode(model, embeds, mask, 36, settings, rows={FULL: 1.0}, samples=[(0, 0)]).passes)
     model.scale = scale
     assert passes[0] <= 3 < passes[1] <= 36
 

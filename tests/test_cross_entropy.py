@@ -4,15 +4,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
-from thinkclearly.training.trainer import GateMeter, weighted_loss
 from tiny_runs import CODES, POSITIONS, batch_of, fresh, records
 
-from thinkclearly.instructions import gate_log_odds
+from thinkclearly.instructions import InstructionVocabulary, gate_log_odds
 from thinkclearly.models import cross_entropy as scores
+from thinkclearly.models.cross_entropy import weighted_loss
 from thinkclearly.models.finetunes import load_clear_model
-from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND
+from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND, Row, drawing, named_row
+from thinkclearly.training.clear import GateMeter
 
 TOLERANCE = 1e-4
+
+
+def weighted(labels, codes, weight):
+    return InstructionVocabulary(codes).weights(labels, weight)
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +33,9 @@ def test_weighted_loss_is_torch_weighted_mean():
     weight[CODES] = 0.3
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weight)
     nll = scores.score_logits(logits, labels, CODES).nll
-    torch.testing.assert_close(weighted_loss(nll, labels, CODES, 0.3), expected)
-    parts = [weighted_loss(nll[i], labels[i], CODES, 0.3, total=weight[labels].sum()) for i in range(3)]
+    weights = weighted(labels, CODES, 0.3)
+    torch.testing.assert_close(weighted_loss(nll, weights), expected)
+    parts = [weighted_loss(nll[i], weights[i], total=weight[labels].sum()) for i in range(3)]
     torch.testing.assert_close(sum(parts), expected)
 
 
@@ -37,9 +43,12 @@ def test_weighted_loss_is_torch_weighted_mean():
 def test_forward_and_loss_are_the_originals(finetune, expected, expected_finetune, prompts, name):
     (model, processor), wanted = finetune, expected_finetune
     codes = model.vocabulary.codebook_size
-    inputs = vars(processor.edit_rows([prompts["instructions"][name]], [FULL]))
+    row = Row(drawing(prompts["instructions"][name], [0]))
+    inputs = vars(processor.rows([row], outputs=True))
     labels = torch.where(wanted[f"{name}.clear_labels"], codes, wanted[f"{name}.target_tokens"])[None]
+    source = expected[f"{name}.image_tokens"][None]
     inputs |= {
+        "transformed": source.unsqueeze(1),
         "source_tokens": expected[f"{name}.image_tokens"][None],
         "pixel_values": expected[f"{name}.pixel_values"][None],
         "labels": labels,
@@ -48,10 +57,10 @@ def test_forward_and_loss_are_the_originals(finetune, expected, expected_finetun
         logits = model.teacher_forced_logits(**inputs)
         torch.testing.assert_close(logits[0], wanted[f"{name}.teacher_logits"], atol=TOLERANCE, rtol=TOLERANCE)
         # As the original trained: the picture slot keeps its placeholder embeddings.
-        nll = {"filled": model(**inputs).nll, "original": model(**inputs | {"image_slot": torch.tensor([-1])}).nll}
+        nll = {"filled": model(**inputs).nll, "original": model(**inputs | {"seen_slots": torch.tensor([[-1]])}).nll}
     for kind, values in nll.items():
         for weight in (0.3, 1.0):
-            found = weighted_loss(values, labels, codes, weight)
+            found = weighted_loss(values, weighted(labels, codes, weight))
             expected_loss = wanted[f"{name}.loss.{kind}.clear_weight_{weight}"]
             torch.testing.assert_close(found, expected_loss, atol=TOLERANCE, rtol=TOLERANCE)
 
@@ -69,18 +78,21 @@ def test_a_clear_label_feeds_the_source_back(golden, finetune):
 def test_a_left_padded_batch_gives_the_same_logits_as_one_by_one(golden, finetune, with_pictures):
     model, processor = finetune
     rows = records(golden, 3)
-    prompt = processor.edit_rows([row["instruction"] for row in rows], [FULL, NO_SOURCE, UNCOND])
+    names = (FULL, NO_SOURCE, UNCOND)
+    shown = [named_row(drawing(row["instruction"], [i]), name) for i, (row, name) in enumerate(zip(rows, names))]
+    prompt = processor.rows(shown, outputs=True)
     assert not prompt.attention_mask.all(), "the prompts should differ in length"
     batch = {
         "source_tokens": torch.tensor([row["input_tokens"] for row in rows]),
         "labels": torch.tensor([row["output_tokens"] for row in rows]),
     }
+    batch["transformed"] = batch["source_tokens"].unsqueeze(1)
     if with_pictures:
         batch["pixel_values"] = torch.randn(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         together = model.teacher_forced_logits(**vars(prompt), **batch)
-        for i, condition in enumerate((FULL, NO_SOURCE, UNCOND)):
-            alone = vars(processor.edit_rows([rows[i]["instruction"]], [condition]))
+        for i, name in enumerate(names):
+            alone = vars(processor.rows([named_row(drawing(rows[i]["instruction"], [0]), name)], outputs=True))
             one = model.teacher_forced_logits(**alone, **{key: value[i : i + 1] for key, value in batch.items()})
             torch.testing.assert_close(together[i : i + 1], one, atol=1e-5, rtol=1e-5)
 
@@ -115,13 +127,13 @@ def test_gate_meter_counts_rows_that_see_the_source():
 def test_chunks_give_the_loss_and_gradients_of_the_whole(golden, monkeypatch, chunk, full):
     model, processor = pair = fresh(golden)
     if full:
-        model.base.model.generation_head.requires_grad_(True)
+        model.token_model.parts()["generation_head"].requires_grad_(True)
     batch = batch_of(pair, records(golden, 3))
     labels = batch["labels"]
 
     def gradients(nll):
         model.zero_grad()
-        weighted_loss(nll, labels, CODES, 0.3).backward()
+        weighted_loss(nll, weighted(labels, CODES, 0.3)).backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     logits = model.teacher_forced_logits(**batch)

@@ -1,9 +1,27 @@
-"""The image tokenizer computes in float32, whatever the process is set to."""
+"""Janus keeps what every family keeps, and its image tokenizer computes in float32 whatever the process is set to."""
 
 import pytest
 import torch
+from family_checks import CHECKS, check_what_is_saved_is_what_is_loaded
 
-from thinkclearly.models.janus.checkpoint import _full_precision
+from thinkclearly.models.janus.model import _full_precision
+from thinkclearly.models.load import load_checkpoint
+
+
+@pytest.fixture(scope="module", params=["golden", "tiny"])
+def checkpoint(request, golden):
+    return load_checkpoint(str(golden / "checkpoint") if request.param == "golden" else "tiny")
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_janus_keeps_what_every_family_keeps(checkpoint, check):
+    check(checkpoint)
+
+
+@pytest.mark.golden
+def test_what_is_saved_is_what_is_loaded(checkpoint, tmp_path):
+    check_what_is_saved_is_what_is_loaded(checkpoint, load_checkpoint, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("before", ["tf32", "ieee"])

@@ -13,6 +13,7 @@ from thinkclearly.data.shapes import packaged_photos, random_edit  # noqa: E402
 from thinkclearly.images import Letterbox  # noqa: E402
 from thinkclearly.models.janus.checkpoint import encode_tokens, image_features, load_checkpoint  # noqa: E402
 from thinkclearly.models.quantization import quantization  # noqa: E402
+from thinkclearly.sequence import Row, drawing  # noqa: E402
 from thinkclearly.training.adapters import (
     TINY_CLEAR,  # noqa: E402
     load_clear_model,  # noqa: E402
@@ -25,12 +26,12 @@ def layers_below(model, kind):
 
 @pytest.mark.parametrize("bits, kind", [(8, "Linear8bitLt"), (4, "Linear4bit")])
 def test_towers_and_heads_stay_what_they_were(bits, kind):
-    plain, config = load_checkpoint("tiny").model, quantization(bits, torch.float32)
-    model = load_checkpoint("tiny", quantization_config=config, device="cpu").model
+    plain, config = load_checkpoint("tiny").network, quantization(bits, torch.float32)
+    model = load_checkpoint("tiny", quantization_config=config, device="cpu").network
     assert config.llm_int8_skip_modules is None, "the caller's own stays as it was"
     linear = {name for name in layers_below(plain, "Linear") if "language_model.layers" in name}
     assert layers_below(model, kind) == linear and linear
-    by_dict = load_checkpoint("tiny", quantization_config={f"load_in_{bits}bit": True}).model
+    by_dict = load_checkpoint("tiny", quantization_config={f"load_in_{bits}bit": True}).network
     assert layers_below(by_dict, kind) == linear
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.equal(encode_tokens(model, pixels), encode_tokens(plain, pixels))
@@ -63,7 +64,7 @@ def test_qlora_trains_and_its_adapter_loads_in_either_precision(tmp_path):
     assert layers_below(small, "Linear4bit") and not layers_below(plain, "Linear4bit")
     trained = [p for name, p in plain.named_parameters() if "lora_B" in name]
     assert trained and all(p.abs().max() > 0 for p in trained)
-    rows = processor.generate_rows(["a red circle"], [0])
+    rows = processor.rows([Row(drawing("a red circle"))])
     embeds = [model.base.get_input_embeddings()(rows.input_ids) for model in (plain, small)]
     hidden = [
         model.token_model.language_model(inputs_embeds=e).last_hidden_state[:, -1]

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinkclearly.decoding.guidance import guide, row_weights
+from thinkclearly.decoding.guidance import guidance_weights, guide
 from thinkclearly.decoding.sampling import draw, gumbel_noise, warpers
 from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.instructions import gate_log_odds
+from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND
 
 
 def test_noise_is_keyed_to_seed_and_sample():
@@ -64,15 +65,15 @@ def test_top_p_draws_from_the_nucleus():
 
 @given(st.floats(-10, 10), st.floats(0, 10), st.integers(0, 2**32))
 @settings(max_examples=50, deadline=None)
-def test_row_weights_are_janus_4os_formula(w, w2, seed):
-    full, part, uncond = rows = torch.randn(3, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    weights = row_weights(3, w, w2)
-    assert sum(weights) == pytest.approx(1)
+def test_guidance_weights_are_janus_4os_formula(w, w2, seed):
+    full, part, uncond = torch.randn(3, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows = {FULL: full, NO_SOURCE: part, UNCOND: uncond}
+    weights = guidance_weights(w, w2)
+    assert sum(weights.values()) == pytest.approx(1)
     expected = uncond + w * ((full + w2 * part) / (1 + w2) - uncond)
-    torch.testing.assert_close(guide(rows[None], weights)[0], expected)
-    two = guide(rows[None, [0, 2]], row_weights(2, w, w2))[0]
-    torch.testing.assert_close(two, uncond + w * (full - uncond))
-    assert torch.equal(guide(rows[None, :1], row_weights(1, w, w2))[0], full)
+    torch.testing.assert_close(guide(rows, weights), expected)
+    torch.testing.assert_close(guide(rows, guidance_weights(w)), uncond + w * (full - uncond))
+    assert guidance_weights(1.0) == {FULL: 1.0} and torch.equal(guide(rows, guidance_weights(1.0)), full)
 
 
 @given(st.floats(0.01, 5), st.integers(1, 3), st.integers(0, 2**32))
