@@ -7,13 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from thinkclearly.training.trainer import ClearEditTrainer
 
-from thinkclearly import jobs, load_editor
+from thinkclearly import load_editor
 from thinkclearly.data import sources
 from thinkclearly.data.collator import Collator
 from thinkclearly.data.options import DataArguments
-from thinkclearly.data.splits import build_data
+from thinkclearly.data.splits import PreparedData, build_data
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import calibrate, fit_gate, gate_metrics
 from thinkclearly.images import Letterbox
@@ -21,6 +20,7 @@ from thinkclearly.models.finetunes import load_clear_model
 from thinkclearly.models.instruction_head import CONFIG_FILE, read_clear_config, write_clear_config
 from thinkclearly.models.janus.checkpoint import TINY
 from thinkclearly.models.load import Checkpoint
+from thinkclearly.training import clear as clear_method
 from thinkclearly.training.options import RunArguments
 
 
@@ -110,14 +110,21 @@ def test_training_stores_what_it_found(editor, tmp_path, caplog):
     ).calibration
     args = RunArguments(output_dir=str(tmp_path / "run"), eval_strategy="no", per_device_eval_batch_size=3)
     collator = Collator(editor.processor, editor.model.vocabulary)
-    trainer = ClearEditTrainer(editor.model, editor.processor, config.clear_weight, collator, args=args)
+    trainer = clear_method.ClearEditTrainer(
+        editor.model,
+        clear_weight=config.clear_weight,
+        processor=editor.processor,
+        data_collator=collator,
+        args=args,
+    )
     trainer.save_model()
     config.gate_bias = 5.0
-    found = jobs.calibrate_model(trainer, rows)
+    found = clear_method.finish(trainer, PreparedData(calibration=rows))
     saved = read_clear_config(tmp_path / "run")
     assert saved == config and saved.gate_bias == found["gate_bias"] != 5.0
     caplog.clear()
-    assert jobs.calibrate_model(trainer, None) == {}
+    bare = PreparedData(calibration=rows.remove_columns("source"))
+    assert clear_method.finish(trainer, bare) == {}
     assert "The gate stays uncalibrated: no held-out records with pictures" in caplog.text
 
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from thinkclearly import jobs
 from thinkclearly.data import sources
 from thinkclearly.data.sources import EditExample
 from thinkclearly.editing.result import EditResult
 from thinkclearly.evaluation.calibration import calibrated_log_odds
-from thinkclearly.evaluation.edits import best_median_worst, evaluate_edits
+from thinkclearly.evaluation.edits import best_median_worst, evaluate_edits, judge_shapes
 from thinkclearly.images import Letterbox
 from thinkclearly.instructions import InstructionVocabulary
 
@@ -208,7 +207,7 @@ def test_best_median_and_worst_are_picked_by_score():
 
 
 def test_the_judge_of_the_built_in_edits_knows_an_edit_from_its_source():
-    judge = jobs.judge_shapes()
+    judge = judge_shapes()
     examples = [sources.read_example(row) for row in sources.shapes(12, size=64, seed=5, split="test")]
     assert all(judge(e.key, e.target) and not judge(e.key, e.source) for e in examples)
     others = [judge(e.key, other.target.resize(e.source.size)) for e, other in zip(examples, examples[1:])]

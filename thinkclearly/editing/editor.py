@@ -128,7 +128,7 @@ class Editor:
         clock.lap("decode")
         drawn = _to_images(self.model, decoded.fed_codes)
         clock.lap("pictures")
-        further = _Further(self.model, {"codes": decoded.codes, "source_tokens": source_tokens})
+        further = LazyPictures(self.model, {"codes": decoded.codes, "source_tokens": source_tokens})
         results = [
             self._result(k, i, decoded, source_tokens[i], drawn[k], further, originals[i], settings)
             for k, i in enumerate(owner)
@@ -152,7 +152,7 @@ class Editor:
         return _Original(source, box, pictures, torch.stack(codes) if codes else source_tokens.new_zeros(0, n))
 
     def _result(
-        self, k, i, decoded: Decoded, source_tokens, drawn, further: _Further, original: _Original, settings
+        self, k, i, decoded: Decoded, source_tokens, drawn, further: LazyPictures, original: _Original, settings
     ) -> EditResult:
         source, box, grid = original.source, original.box, self.processor.grid
         token_composite, place = box.unfit(drawn), {"codes": k, "source_tokens": i}
@@ -314,7 +314,7 @@ class _Original:
     codes: torch.Tensor  # long (I, N), theirs
 
 
-class _Further:
+class LazyPictures:
     """Pictures that few ask for, decoded for the whole batch when the first of a kind is."""
 
     def __init__(self, model: InstructionModel, tokens: dict[str, torch.Tensor]):
