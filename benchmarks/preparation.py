@@ -21,7 +21,6 @@ from statistics import median
 import numpy as np
 import torch
 import transformers
-from thinkclearly.jobs import machine
 from tqdm.auto import tqdm
 
 from thinkclearly.bench.measure import interleaved, now
@@ -29,6 +28,7 @@ from thinkclearly.bench.scripted import SIZES, SMALL_TOWERS, random_model
 from thinkclearly.data import sources
 from thinkclearly.data.prepare import prepare_dataset
 from thinkclearly.data.shapes import packaged_photos, random_edit
+from thinkclearly.evaluation.report import machine
 from thinkclearly.evaluation.tables import markdown_table
 from thinkclearly.files import write_json, write_text
 from thinkclearly.images import Letterbox, load_image
@@ -46,7 +46,7 @@ STAGES = {
     "read": [("sources.py", "read_example")],
     "square": [("images.py", "fit")],
     "compare": [("images.py", "patch_difference")],
-    "encode": [("checkpoint.py", "encode_tokens"), ("~", "<method 'cpu' of 'torch._C.TensorBase' objects>")],
+    "encode": [("model.py", "encode"), ("~", "<method 'cpu' of 'torch._C.TensorBase' objects>")],
     "write": [("arrow_dataset.py", "save_to_disk")],
     "label": [("prepare.py", "label_dataset")],
 }

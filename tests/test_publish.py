@@ -16,7 +16,6 @@ import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
-from thinkclearly.jobs import TRAIN_OPTIONS, train
 from tiny_runs import make_trainer, records
 
 from thinkclearly import load_editor
@@ -28,9 +27,11 @@ from thinkclearly.hub.publish import check_publishable, push, staged, staged_che
 from thinkclearly.models.finetunes import load_clear_model
 from thinkclearly.models.instruction_head import ClearConfig
 from thinkclearly.models.load import load_checkpoint
-from thinkclearly.recipe import LEFT_OUT, RecipeParser
+from thinkclearly.recipe import LEFT_OUT
 from thinkclearly.training.adapters import add_lora
+from thinkclearly.training.methods import METHODS, load_method, option_classes, parse_options
 from thinkclearly.training.options import _NOT_SHARED, effective_recipe
+from thinkclearly.training.run import train
 
 BIN = Path(sys.executable).parent
 INSTRUCTION = "Make the red circle blue."
@@ -203,7 +204,7 @@ def test_tokens_and_paths_of_this_machine_are_not_published(name, content, messa
 def test_training_that_could_not_be_pushed_does_not_begin(golden, tmp_path):
     argv = ["--base_model", str(golden / "checkpoint"), "--push_to_hub", "true", "--output_dir", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="nobody else can load.*--base_model_id"):
-        train(*RecipeParser(TRAIN_OPTIONS).parse(argv))
+        train(*parse_options(argv, "thinkclearly train"))
     assert not (tmp_path / "out").exists()
 
 
@@ -230,12 +231,13 @@ NOT_HERE = {
 }
 
 
-def every_option():
-    """(name, kinds of values, default) of all options of training that a recipe holds."""
-    for kind in TRAIN_OPTIONS:
+def every_option(method):
+    """(name, kinds of values, default) of all options of a method that a recipe holds, but for its name."""
+    for kind in option_classes(load_method(method)):
         hints = get_type_hints(kind)
         for f in fields(kind):
-            if f.name not in NOT_HERE and f.name not in _NOT_SHARED and "hub" not in f.name.split("_"):
+            left_out = {"method", *NOT_HERE, *_NOT_SHARED}
+            if f.name not in left_out and "hub" not in f.name.split("_"):
                 default = f.default if f.default_factory is MISSING else f.default_factory()
                 yield f.name, {get_origin(k) or k for k in get_args(hints[f.name]) or [hints[f.name]]}, default
 
@@ -248,18 +250,21 @@ def another_value(name, kinds, default):
 
 
 def of(options):
-    return {name: value for part in options for name, value in vars(part).items()}
+    parts = (options.model, options.lora, options.data, options.method, options.training)
+    return {name: value for part in parts for name, value in vars(part).items()} | options.settings
 
 
 OF_SHAPES = {"shapes_size", "photos_folder"}
 OF_TABLES = {"path", "split", "turn_index", "streaming", "shuffle", "include", "exclude", "match"}
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("values", ["shapes", "magicbrush", "null", "default"])
-def test_the_recipe_repeats_the_run_whatever_its_options(values, tmp_path, monkeypatch):
-    monkeypatch.setattr("thinkclearly.config.find_spec", lambda name: name)  # whether a tracker is installed
-    changed = {name: another_value(name, kinds, default) for name, kinds, default in every_option()}
-    null = {name: None for name, kinds, default in every_option() if NoneType in kinds and default is not None}
+def test_the_recipe_repeats_the_run_whatever_its_options(values, method, tmp_path, monkeypatch):
+    monkeypatch.setattr("thinkclearly.training.options.find_spec", lambda name: name)  # is a tracker installed
+    every = list(every_option(method))
+    changed = {name: another_value(name, kinds, default) for name, kinds, default in every}
+    null = {name: None for name, kinds, default in every if NoneType in kinds and default is not None}
     chosen = {
         "shapes": {name: value for name, value in changed.items() if name not in OF_TABLES} | {"source": "shapes"},
         "magicbrush": {name: value for name, value in changed.items() if name not in OF_SHAPES},
@@ -267,28 +272,32 @@ def test_the_recipe_repeats_the_run_whatever_its_options(values, tmp_path, monke
         "default": {},
     }[values]
     assert {"save_total_limit", "eval_steps", "label_names"} <= set(null)
-    (tmp_path / "given.yaml").write_text(yaml.safe_dump(chosen))
-    options = RecipeParser(TRAIN_OPTIONS).parse([str(tmp_path / "given.yaml")])
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(effective_recipe(*options)))
-    found, expected = of(RecipeParser(TRAIN_OPTIONS).parse([str(tmp_path / "recipe.yaml")])), of(options)
-    for name, _, default in every_option():
-        assert found[name] == expected[name], name
-        assert name not in chosen or expected[name] != default or name == "source", f"{name}: try another value"
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump(chosen | {"method": method}))
+    options, _ = parse_options([str(tmp_path / "given.yaml")], "thinkclearly train")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(effective_recipe(options)))
+    repeated, _ = parse_options([str(tmp_path / "recipe.yaml")], "thinkclearly train")
+    found, expected = of(repeated), of(options)
+    for name, _, default in every:
+        assert found.get(name) == expected.get(name), name
+        was_changed = name in expected and expected[name] != default
+        assert name not in chosen or was_changed or name == "source", f"{name}: try another value"
+    assert found["method"] == method
 
 
 @pytest.mark.parametrize(("source", "place"), [("jsonl", "path"), ("shapes", "photos_folder")])
 def test_the_recipe_names_no_path_of_this_machine_and_asks_for_what_it_left_out(source, place, tmp_path, capsys):
     argv = ["--base_model", str(tmp_path), "--output_dir", str(tmp_path), "--source", source]
     argv += [f"--{place}", str(tmp_path / "data"), "--hub_token", "hf_of_you"]
-    recipe = effective_recipe(*RecipeParser(TRAIN_OPTIONS).parse(argv))
+    options, _ = parse_options(argv, "thinkclearly train")
+    recipe = effective_recipe(options)
     assert str(tmp_path) not in str(recipe) and "hub" not in str(recipe)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(SystemExit):
-        RecipeParser(TRAIN_OPTIONS, prog="thinkclearly train").parse([str(tmp_path / "recipe.yaml")])
+        parse_options([str(tmp_path / "recipe.yaml")], "thinkclearly train")
     assert "required: --base_model" in capsys.readouterr().err
     given = ["--base_model", "you/base", f"--{place}", "mine"]
-    model, _, data, *_ = RecipeParser(TRAIN_OPTIONS).parse([str(tmp_path / "recipe.yaml"), *given])
-    assert (model.base_model, getattr(data, place)) == ("you/base", "mine")
+    again, _ = parse_options([str(tmp_path / "recipe.yaml"), *given], "thinkclearly train")
+    assert (again.model.base_model, getattr(again.data, place)) == ("you/base", "mine")
 
 
 # ---- the same edits in other forms -------------------------------------------------------------------------------
@@ -381,7 +390,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from thinkclearly import load_editor
 from thinkclearly.data.encode import load_encoded
-from thinkclearly.hub.publish import is_public, pull_dataset, push, upload
+from thinkclearly.data.splits import pull_dataset
+from thinkclearly.hub.publish import is_public, push, upload
 from thinkclearly.models.load import load_checkpoint
 
 finetune, base, prepared, photo, instruction = sys.argv[1:]

@@ -18,7 +18,6 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
-from thinkclearly.jobs import machine
 from tqdm.auto import tqdm
 
 from thinkclearly import load_editor
@@ -26,6 +25,7 @@ from thinkclearly.data.shapes import ShapeEdit, edit_scene, packaged_photos, ran
 from thinkclearly.editing.session import EditSession
 from thinkclearly.evaluation.metrics import aggregate_image_metrics, image_metrics
 from thinkclearly.evaluation.pictures import sheet
+from thinkclearly.evaluation.report import machine
 from thinkclearly.evaluation.tables import markdown_table
 from thinkclearly.files import write_json, write_text
 from thinkclearly.hub.pipeline import DEFAULT_MODEL
