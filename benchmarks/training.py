@@ -18,29 +18,28 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 import transformers
-from thinkclearly.training.trainer import weighted_loss
 from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from thinkclearly import jobs
 from thinkclearly.bench.measure import interleaved, now
 from thinkclearly.bench.scripted import SIZES, SMALL_TOWERS, random_model
 from thinkclearly.data import sources
 from thinkclearly.data.collator import Collator
 from thinkclearly.data.features import cache_features
 from thinkclearly.data.prepare import prepare_dataset
+from thinkclearly.evaluation.report import machine
 from thinkclearly.evaluation.tables import markdown_table
 from thinkclearly.files import write_json, write_text
-from thinkclearly.models import cross_entropy as scores
+from thinkclearly.models import cross_entropy
 from thinkclearly.models.instruction_head import ClearConfig
-from thinkclearly.models.janus.meta import empty_janus
-from thinkclearly.models.load import Checkpoint, load_checkpoint
-from thinkclearly.recipe import RecipeParser
+from thinkclearly.models.load import Checkpoint, load_checkpoint, load_empty
 from thinkclearly.training import memory
 from thinkclearly.training.adapters import add_lora
+from thinkclearly.training.methods import parse_options
+from thinkclearly.training.setup import build_model
 
 ORIGINAL, EVERYWHERE, OURS = "the original's step", "logits everywhere", "ours"
 WHOLE, CACHED, CHECKPOINTED = "ours, logits whole", "ours, cached features", "ours, activation checkpointing"
@@ -90,7 +89,7 @@ class Case:
         else:
             options = {"towers": SMALL_TOWERS} if name == "mid" else {"dtype": torch.bfloat16}
             scripted, processor = random_model(SIZES[name], device=device, **options)
-            checkpoint = Checkpoint(scripted.janus, processor)
+            checkpoint = Checkpoint(scripted.network, processor)
         side = checkpoint.processor.image_size
         rows = prepare_dataset(sources.shapes(batch_size, size=side, seed=12), checkpoint, folder)
         codes = checkpoint.token_model.codebook_size
@@ -124,43 +123,44 @@ class Case:
 
         The tower is not run: where a row shows no picture its features are not read, so zeros of any kind will do.
         """
-        config = self.model.config.vision_config
-        features = torch.zeros(1, self.image_tokens_each, config.hidden_size, dtype=self.model.base.dtype)
-        batch = batch | {"image_slot": batch["image_slot"].fill_(-1), "features": features.to(self.device)}
+        family = self.model.token_model
+        width = family.parts()[family.tower_part].config.hidden_size
+        features = torch.zeros(1, self.image_tokens_each, width, dtype=self.model.base.dtype)
+        batch = batch | {"seen_slots": batch["seen_slots"].fill_(-1), "features": features.to(self.device)}
         logits = self.model.teacher_forced_logits(**batch)
         return self._weighted(_cross_entropy(logits, batch["labels"]), batch["labels"])
 
     @property
     def image_tokens_each(self) -> int:
-        return self.model.config.vision_config.num_image_tokens
+        return self.model.token_model.grid**2
 
     def everywhere(self, batch: dict) -> torch.Tensor:
         """A plain causal model's step: text and image logits at all positions, most of whose labels are ignored."""
         seen, language = [], self.model.token_model.language_model
         handle = language.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
-        self.model._teacher_forced_hidden(**batch)
+        self.model._hidden(**batch)
         handle.remove()
-        text, image = self.model.base.lm_head(seen[0]).float(), self.model.logits(seen[0])
+        text, image = self.model.token_model.word_logits(seen[0]), self.model.logits(seen[0])
         before = image.shape[1] - self.image_tokens_each
         nll = _cross_entropy(image, F.pad(batch["labels"], (before, 0), value=-100))[:, before:]
         # What the text's loss keeps in memory, without a say in the result.
         return self._weighted(nll, batch["labels"]) + 0 * text.logsumexp(-1).mean()
 
     def _weighted(self, nll: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return weighted_loss(nll, labels, self.model.vocabulary.codebook_size, CLEAR_WEIGHT)
+        return cross_entropy.weighted_loss(nll, self.model.vocabulary.weights(labels, CLEAR_WEIGHT))
 
     @contextmanager
     def ready(self, step: Step) -> Iterator[None]:
         """The model as the step wants it."""
-        chunk, base = scores.CHUNK, self.model.base
-        scores.CHUNK = 10**9 if step.whole else chunk
+        chunk, base = cross_entropy.CHUNK, self.model.base
+        cross_entropy.CHUNK = 10**9 if step.whole else chunk
         if step.checkpointing:
             base.activation_checkpointing_enable()
         try:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=step.bf16):
                 yield
         finally:
-            scores.CHUNK = chunk
+            cross_entropy.CHUNK = chunk
             base.activation_checkpointing_disable()
 
     def read(self, step: Step) -> list[dict]:
@@ -265,13 +265,13 @@ def traced_peak(folder: Path, layers: int) -> float:
     Counts every allocation, where `thinkclearly.training.memory` counts what must be held: one checks the other.
     """
     write_config(folder, layers)
-    parser = RecipeParser(jobs.TRAIN_OPTIONS, prog="train")
-    options, lora, _, _, training, _ = parser.parse(["recipes/a40.yaml", "--base_model", str(folder)])
-    janus = empty_janus(str(folder)).to(getattr(torch, options.dtype))
-    janus.model.vqmodel.float()
+    options, _ = parse_options(["recipes/a40.yaml", "--base_model", str(folder)], "train")
+    network, training = load_empty(str(folder)).to(getattr(torch, options.model.dtype)), options.training
+    checkpoint = Checkpoint(network, None)
+    family = checkpoint.token_model
+    family.parts()[family.tokenizer_part].float()
     with torch.device("meta"):
-        codes = janus.config.vq_config.num_embeddings
-        model = jobs.build_model(options, lora, Checkpoint(janus, None), ClearConfig(codes))
+        model = build_model(options, checkpoint, ClearConfig(family.codebook_size))
     if training.activation_checkpointing:
         model.activation_checkpointing_enable()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -279,7 +279,7 @@ def traced_peak(folder: Path, layers: int) -> float:
         learning = [p for p in model.parameters() if p.requires_grad]
         for parameter in learning:
             parameter.data = parameter.data.float()
-        batch, optimizer = memory.example_batch(model.config, 1), torch.optim.AdamW(learning)
+        batch, optimizer = memory.example_batch(model.token_model, 1), torch.optim.AdamW(learning)
         tracker = Tracker()
         tracker.track_external(model, optimizer)
         with tracker:
@@ -297,19 +297,18 @@ def traced_peak(folder: Path, layers: int) -> float:
 def memory_at_7b(folder: Path) -> list[dict]:
     """What `thinkclearly train RECIPE --dry_run true` says for the 7B shape, with logits whole and in chunks, GiB."""
     write_config(folder, LAYERS)
-    rows, chunk = [], scores.CHUNK
+    rows, chunk = [], cross_entropy.CHUNK
     for recipe, room in RECIPES.items():
         for size in (1, 4, 16):
             flags = ["--base_model", str(folder), "--per_device_train_batch_size", str(size)]
-            parser = RecipeParser(jobs.TRAIN_OPTIONS, prog="train")
-            model, lora, _, clear, training, _ = parser.parse([str(Path("recipes") / recipe), *flags])
+            options, method = parse_options([str(Path("recipes") / recipe), *flags], "train")
             row = {"recipe": recipe, "records": size, "room": room * 1e9 / 2**30}
-            for name, scores.CHUNK in (("whole", 10**9), ("chunks", chunk)):
-                text = jobs.estimate_memory(model, lora, clear, training)
+            for name, cross_entropy.CHUNK in (("whole", 10**9), ("chunks", chunk)):
+                text = memory.estimate_memory(options, method)
                 for part in ("total", "logits, softmax, gradient"):
                     row[f"{name} {part.split(',')[0]}"] = float(re.search(rf"^{part} .*?([\d.]+)$", text, re.M)[1])
             rows.append(row)
-    scores.CHUNK = chunk
+    cross_entropy.CHUNK = chunk
     return rows
 
 
@@ -368,8 +367,8 @@ def main(argv: list[str] | None = None) -> None:
     peaks = {name: matmul_peak(device, dtype) for name, dtype in dtypes.items()}
     command = f"python -m benchmarks.training --models {' '.join(arguments.models)} --rounds {arguments.rounds}"
     command += f" --records {' '.join(map(str, arguments.records))} --device {arguments.device}"
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else jobs.machine()
-    setup = {"machine": machine, "torch": torch.__version__, "transformers": transformers.__version__}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()
+    setup = {"machine": name, "torch": torch.__version__, "transformers": transformers.__version__}
     results = {"setup": setup | {"command": command, "matmul_peak": peaks}, "models": {}}
     with tqdm(desc="training", unit="step") as bar, tempfile.TemporaryDirectory() as folder:
         for name, records in zip(arguments.models, arguments.records):

@@ -10,6 +10,7 @@ import pytest
 import thinkclearly
 from thinkclearly import cli
 from thinkclearly.data.shapes import packaged_photos, random_edit
+from thinkclearly.training.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 JOB = """
@@ -67,7 +68,8 @@ def test_every_public_name_is_there_when_asked_for():
 def test_help_of_train_is_our_options_by_group_a_line_each(capsys):
     page = help_of(capsys, "train", "--help")
     assert len(page.splitlines()) < 110
-    groups = [block.splitlines() for block in page.split("\n\n")[2:-1]]
+    methods, *groups = [block.splitlines() for block in page.split("\n\n")[2:-1]]
+    assert methods[0] == "Methods (--method NAME):" and [line.split()[0] for line in methods[1:]] == list(METHODS)
     assert len(groups) > 4
     for heading, *options in groups:
         assert heading.endswith(":") and options

@@ -10,17 +10,18 @@ from scipy.ndimage import binary_erosion
 
 from benchmarks.stability.runs import gates
 from benchmarks.stability.train import folder, recipe
-from thinkclearly import jobs
 from thinkclearly.data import sources
 from thinkclearly.data.splits import build_data
 from thinkclearly.editing.composite import composite
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import calibrate, calibrated_log_odds, gate_metrics
+from thinkclearly.evaluation.edits import judge_shapes
 from thinkclearly.evaluation.metrics import aggregate_clear_metrics, clear_metrics
 from thinkclearly.files import write_json
 from thinkclearly.images import Letterbox, patch_difference
 from thinkclearly.models.finetunes import load_clear_model
 from thinkclearly.models.instruction_head import write_clear_config
+from thinkclearly.training.setup import build_checkpoint
 
 BATCH = 24
 CALIBRATION = "calibration.json"
@@ -39,8 +40,8 @@ def load(output: Path, variant: str, seed: int) -> Editor:
     model, processor = load_clear_model(directory, merge=True)
     editor = Editor(model, processor)
     if not calibrated:
-        model_args, _, data_args, *_ = recipe(output)
-        rows = build_data(data_args, jobs.build_backbone(model_args), ["calibration"]).calibration
+        options, _ = recipe(output)
+        rows = build_data(options.data, build_checkpoint(options.model), ["calibration"]).calibration
         with fast():
             found = calibrate(editor, rows, BATCH)
         write_clear_config(model.clear_config, directory)
@@ -58,10 +59,10 @@ def measure(output: Path, variant: str, seed: int, settings: dict, first: int, c
     asked, settings = settings, dict(settings)
     if not settings.pop("calibrated", True):
         editor.model.clear_config.gate_bias, editor.model.clear_config.gate_temperature = 0.0, 1.0
-    options = recipe(output)[2]
+    options = recipe(output)[0].data
     rows = sources.shapes(1536, size=options.shapes_size, seed=options.split_seed + 1, split="test")
     rows = rows.select(range(first, first + count))
-    judge, edits = jobs.judge_shapes(), []
+    judge, edits = judge_shapes(), []
     for start in range(0, count, BATCH):
         examples = [sources.read_example(row) for row in rows.select(range(start, min(count, start + BATCH)))]
         with fast():

@@ -12,26 +12,26 @@ from scipy import ndimage
 from benchmarks.stability.measure import BATCH, fast, load
 from benchmarks.stability.runs import SEEDS, gates
 from benchmarks.stability.train import recipe
-from thinkclearly import jobs
 from thinkclearly.data.collator import Collator
 from thinkclearly.data.splits import build_data
 from thinkclearly.evaluation.calibration import fit_gate, gate_metrics
 from thinkclearly.evaluation.metrics import clear_metrics
 from thinkclearly.images import Letterbox, load_image
 from thinkclearly.instructions import gate_log_odds
+from thinkclearly.training.setup import build_checkpoint
 
 CROSS = ndimage.generate_binary_structure(2, 1)
 
 
 def label_noise(output: Path, records: int = 1200) -> dict:
     """Token equality against pixels: how often it errs, and where (by the winning code's margin and by texture)."""
-    model_args, _, data_args, *_ = recipe(output)
-    checkpoint = jobs.build_backbone(model_args)
-    rows = build_data(data_args, checkpoint, ["train"]).train.select(range(records))
+    options, _ = recipe(output)
+    checkpoint = build_checkpoint(options.model)
+    rows = build_data(options.data, checkpoint, ["train"]).train.select(range(records))
     names = ["input_tokens", "target_tokens", "pixel_difference", "mask_tokens"]
     table = rows.select_columns(names).with_format("numpy")
     source, target, difference, mask = (np.stack(table[name]) for name in names)
-    same, still = source == target, difference <= data_args.pixel_tolerance
+    same, still = source == target, difference <= options.data.pixel_tolerance
     margin, texture = _margins(checkpoint, rows)
     found = {
         "records": records,
@@ -128,9 +128,9 @@ def cleaning(output: Path) -> list[dict]:
 def pointer_sum(output: Path, seed: int, records: int = 504) -> dict:
     """The gate with and without the probability of the literal source code, teacher-forced on held-out edits."""
     editor = load(output, "default", seed)
-    model, options = editor.model, recipe(output)[2]
-    options.eval_samples, options.split_seed = records, options.split_seed + 1
-    rows = build_data(options, jobs.build_backbone(recipe(output)[0]), ["test"]).test
+    model, (options, _) = editor.model, recipe(output)
+    options.data.eval_samples, options.data.split_seed = records, options.data.split_seed + 1
+    rows = build_data(options.data, build_checkpoint(options.model), ["test"]).test
     collate, codebook = Collator(editor.processor, model.vocabulary), model.vocabulary.codebook_size
     gates, summed, truth = [], [], []
     for start in range(0, len(rows), BATCH):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.stability.offline import cleaning, label_noise, pointer_sum
 from benchmarks.stability.pictures import draw_gates
 from benchmarks.stability.runs import BIASES, GUIDANCE, ORIGINAL, OUTPUT, SEEDS, WEIGHTS, path, points, variant
-from thinkclearly import jobs
+from thinkclearly.evaluation.report import machine
 from thinkclearly.evaluation.tables import format_number, markdown_table
 from thinkclearly.files import write_json, write_text
 
@@ -67,7 +67,7 @@ def write() -> None:
         "cleaning": cleaning(OUTPUT),
         "pointer_sum": {str(seed): pointer_sum(OUTPUT, seed) for seed in SEEDS},
     }
-    write_json(HERE / "results.json", {"machine": jobs.machine(), "points": rows, **extra})
+    write_json(HERE / "results.json", {"machine": machine(), "points": rows, **extra})
     write_text(HERE / "results.md", markdown(rows, extra))
     draw(rows)
     draw_gates(OUTPUT, IMAGES / "stability_gates.png", SHOWN)
@@ -98,7 +98,7 @@ def markdown(rows: list[dict], extra: dict) -> str:
     groups = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
-    parts = [f"# Stability: all numbers\n\nWritten by `python -m benchmarks.stability` on {jobs.machine()}."]
+    parts = [f"# Stability: all numbers\n\nWritten by `python -m benchmarks.stability` on {machine()}."]
     main = groups["main"][0]
     names = ("done", "mse_inside", "mse_outside", "exact_outside")
     lines = []

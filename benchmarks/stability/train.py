@@ -7,11 +7,13 @@ from pathlib import Path
 from transformers import set_seed
 
 from benchmarks.stability.variants import VARIANTS
-from thinkclearly import jobs
 from thinkclearly.data.splits import build_data
 from thinkclearly.files import write_json
 from thinkclearly.models.instruction_head import CONFIG_FILE
-from thinkclearly.recipe import RecipeParser
+from thinkclearly.sequence import Dropout
+from thinkclearly.training.callbacks import EpochOfDropout, TuneClearWeight
+from thinkclearly.training.methods import parse_options
+from thinkclearly.training.setup import build_checkpoint, build_model, new_config
 
 RECIPE = "recipes/tiny.yaml"
 
@@ -21,7 +23,7 @@ def folder(output: Path, variant: str, seed: int) -> Path:
 
 
 def recipe(output: Path, **overrides):
-    """The parsed options of the demo's recipe; bfloat16 and eager attention are what trains fastest on a CPU."""
+    """The demo's recipe and its method; bfloat16 and eager attention are what trains fastest on a CPU."""
     overrides = {
         "limit": 4800,
         "bf16": True,
@@ -29,7 +31,7 @@ def recipe(output: Path, **overrides):
         "prepared_dir": output / "prepared",
     } | overrides
     flags = [word for name, value in overrides.items() for word in (f"--{name}", str(value))]
-    return RecipeParser(jobs.TRAIN_OPTIONS, prog="stability").parse([RECIPE, *flags])
+    return parse_options([RECIPE, *flags], "stability")
 
 
 def train(output: Path, variant: str, seed: int) -> None:
@@ -38,15 +40,28 @@ def train(output: Path, variant: str, seed: int) -> None:
     if (directory / CONFIG_FILE).is_file():
         return
     how = VARIANTS[variant]
-    options = {"output_dir": directory, "seed": seed, "save_strategy": "no", "sample_edits": 0} | how.overrides
-    model_args, lora, data_args, clear, training, overrides = recipe(output, **options)
+    overrides = {"output_dir": directory, "seed": seed, "save_strategy": "no", "sample_edits": 0} | how.overrides
+    options, _ = recipe(output, **overrides)
     set_seed(seed)
-    checkpoint = jobs.build_backbone(model_args)
-    data = build_data(data_args, checkpoint)
-    config = jobs.new_config(checkpoint, clear, overrides)
-    model = jobs.build_model(model_args, lora, checkpoint, config)
-    collator = how.collator(checkpoint.processor, model.vocabulary, clear.drop_all, clear.drop_source, seed=seed)
-    trainer = jobs.build_trainer(how.trainer, model, collator, data, clear, training)
+    clear, checkpoint = options.method, build_checkpoint(options.model)
+    data = build_data(options.data, checkpoint)
+    config = new_config(checkpoint, options.settings, clear.instructions, clear.clear_weight)
+    model = build_model(options, checkpoint, config)
+    dropout = Dropout(clear.drop_all, clear.drop_source, seed)
+    collator = how.collator(checkpoint.processor, model.vocabulary, dropout)
+    trainer = how.trainer(
+        model=model,
+        processor=checkpoint.processor,
+        clear_weight=clear.clear_weight,
+        clear_head_lr=clear.clear_head_lr,
+        data_collator=collator,
+        args=options.training,
+        train_dataset=data.train,
+        eval_dataset=data.test,
+        callbacks=[EpochOfDropout(collator)],
+    )
+    if clear.tune_clear_weight:
+        trainer.add_callback(TuneClearWeight(trainer))
     trainer.train()
     write_json(directory / "log.json", trainer.state.log_history)
     trainer.save_model()

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from thinkclearly.training.trainer import ClearEditTrainer
 
 from thinkclearly.data.collator import Collator
 from thinkclearly.instructions import gate_log_odds
+from thinkclearly.training.clear import ClearEditTrainer
 
 
 class EmptySlotCollator(Collator):
@@ -20,7 +20,7 @@ class EmptySlotCollator(Collator):
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = super().__call__(rows)
-        batch["image_slot"] = torch.full_like(batch["image_slot"], -1)
+        batch["seen_slots"] = torch.full_like(batch["seen_slots"], -1)
         return batch
 
 
@@ -36,8 +36,8 @@ class ClearInFullCollator(Collator):
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = super().__call__(rows)
-        plain = self.vocabulary.remap(batch["labels"], batch["source_tokens"].unsqueeze(-2))
-        batch["labels"] = torch.where(batch["source_slot"][:, None] >= 0, batch["labels"], plain)
+        plain = self.vocabulary.remap(batch["labels"], batch["transformed"])
+        batch["labels"] = torch.where(batch["known_slots"] >= 0, batch["labels"], plain)  # one picture a row
         return batch
 
 
@@ -46,13 +46,13 @@ class GateLossTrainer(ClearEditTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        full = inputs["source_slot"] >= 0
+        full = (inputs["known_slots"] >= 0).any(1)
         if model.training and full.any():
             # A second forward pass: the scores of the first one have no gradient at the gate.
             logits = model.teacher_forced_logits(**inputs)[full]
-            gate = gate_log_odds(logits, self.codebook_size, self.clear_weight)
+            gate = gate_log_odds(logits, self.vocabulary.codebook_size, self.clear_weight)
             loss = loss + F.binary_cross_entropy_with_logits(
-                gate, (inputs["labels"][full] >= self.codebook_size) * 1.0
+                gate, (inputs["labels"][full] >= self.vocabulary.codebook_size) * 1.0
             )
         return (loss, outputs) if return_outputs else loss
 
