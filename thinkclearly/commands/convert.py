@@ -13,6 +13,7 @@ class ConvertArguments:
     """Between DeepSeek's file layout and transformers' own."""
 
     model: str = field(default="", metadata={"help": "Folder or Hub id, either layout.", "required": True})
+    weights: str | None = option(None, "A state dict with DeepSeek's names, instead of the model's own weights.")
     output_dir: str = field(default="", metadata={"help": "Folder to write.", "required": True})
     to: str = option("native", "native (transformers) or deepseek.")
     dtype: str = option("bfloat16", "float32, bfloat16 or float16.")
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     from thinkclearly.models.janus.checkpoint import export_deepseek
     from thinkclearly.models.load import load_checkpoint
 
-    checkpoint = load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype))
+    checkpoint = load_checkpoint(arguments.model, weights=arguments.weights, dtype=getattr(torch, arguments.dtype))
     if arguments.to == "deepseek":
         # The tokenizer files as they are: transformers 5 would write a class that DeepSeek's code does not find.
         export_deepseek(checkpoint.network, directory, processor_source=checkpoint.network.name_or_path)

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 class LoadArguments:
     """The model."""
 
-    model: str | None = option(None, "Folder or Hub id; not given: the tiny model that ships along.")
-    base: str | None = option(None, "Base model to use instead of the one that the fine-tune names.")
+    model: str | None = option(None, "Folder or Hub id, or with --base a state dict; not given: the tiny model.")
+    base: str | None = option(None, "Base model: of a state dict, or instead of the one that the fine-tune names.")
     dtype: str = option("float32", "float32, bfloat16 or float16.")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps; the best there is if not given.")
     load_in_8bit: bool = option(False, "The language model in 8 bits (bitsandbytes): half the memory of bfloat16.")

@@ -139,10 +139,18 @@ def load_any(
     """A base model where there are only its own files, else a fine-tune.
 
     Args:
-        base: as for `load_clear_model`; an error for a base model.
+        name_or_path: folder or Hub id; or a file, a state dict with DeepSeek's names for the base.
+        base: as for `load_clear_model`; needed for a state dict, an error for a base model.
         kwargs: as for `load_clear_model`.
     """
     name = str(name_or_path)
+    if Path(name).is_file():
+        if base is None:
+            raise ValueError(
+                f"{name} is a file of weights without config and tokenizer; give the model that they belong to as base, "
+                "for example deepseek-ai/Janus-Pro-7B."
+            )
+        return load_base(str(base), weights=name, **kwargs)
     hub = {name: kwargs.get(name) for name in ("revision", "token")}
     directory = None if name == "tiny" else resolve(name, **hub)
     finetuned = directory and ((directory / CONFIG_FILE).is_file() or is_original_finetune(directory))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from thinkclearly.models.janus.checkpoint import TINY, load_janus
+from thinkclearly.models.janus.checkpoint import TINY, load_janus, read_janus_config
 from thinkclearly.models.janus.meta import empty_janus
 from thinkclearly.models.janus.model import Janus
 from thinkclearly.models.janus.processor import JanusProcessor
@@ -39,12 +39,14 @@ def load_checkpoint(
 
     Args:
         name_or_path: folder or Hub id; "tiny" is the model that ships with this package.
-        kwargs: `dtype`, `device`, `attn_implementation`, `device_map`, `quantization_config`; see `load_janus`.
+        kwargs: `dtype`, `device`, `attn_implementation`, `device_map`, `quantization_config`, `weights`; see
+            `load_janus`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_janus`, or the processor is for pictures of another size.
     """
     path = str(TINY) if name_or_path == "tiny" else str(name_or_path)
+    read_janus_config(path, revision, token)  # another family is named before its tokenizer is found wanting
     processor = JanusProcessor.from_pretrained(path, revision=revision, token=token)
     network = load_janus(path, revision=revision, token=token, **kwargs)
     family = token_model(network)

@@ -1,6 +1,7 @@
 """Weight files of a folder: which they are, and how to read them one tensor at a time."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,27 +13,43 @@ from safetensors import SafetensorError, safe_open
 def find_weights(folder: Path) -> list[Path]:
     """The weight files of a folder: safetensors before `.bin`, one file before shards, with or without an index.
 
+    An index that names absent files is passed over where the folder holds other weights that are whole.
+
     Raises:
         FileNotFoundError: there are none, or the index names a file that is not there.
     """
+    stale = None
     for single, shards in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin")):
         if (folder / single).is_file():
             return [folder / single]
         index = folder / f"{single}.index.json"
         if index.is_file():
             names = _shards(index)
-            if absent := [name for name in names if not (folder / name).is_file()]:
-                raise FileNotFoundError(
-                    f"{index} names {', '.join(absent)}, absent from the folder; download every shard."
-                )
-            return [folder / name for name in names]
+            absent = [name for name in names if not (folder / name).is_file()]
+            if not absent:
+                return [folder / name for name in names]
+            stale = stale or f"{index} names {', '.join(absent)}, absent from the folder; download every shard."
+        if whole := _whole_set(folder, shards):
+            return whole
+        if index.is_file():
+            continue
         if files := sorted(
             file for file in folder.glob(shards) if not file.name.startswith(("adapter_", "gen_head_clear"))
         ):
             return files
     raise FileNotFoundError(
-        f"{folder} has no weights; expected model.safetensors, pytorch_model.bin or shards of one of them."
+        stale or f"{folder} has no weights; expected model.safetensors, pytorch_model.bin or shards of one of them."
     )
+
+
+def _whole_set(folder: Path, pattern: str) -> list[Path]:
+    """The shards of the only set whose numbers are all there ("model-00001-of-00002…"), else none."""
+    sets: dict[tuple[str, str], list[Path]] = {}
+    for file in sorted(folder.glob(pattern)):
+        if match := re.fullmatch(r"(model|pytorch_model)-\d{5}-of-(\d{5})\.\w+", file.name):
+            sets.setdefault(match.groups(), []).append(file)
+    whole = [files for (_, total), files in sets.items() if len(files) == int(total)]
+    return whole[0] if len(whole) == 1 else []
 
 
 def _shards(index: Path) -> list[str]:

@@ -55,6 +55,7 @@ def load_janus(
     attn_implementation: str | None = None,
     quantization_config=None,
     device_map=None,
+    weights: str | os.PathLike | None = None,
 ) -> JanusForConditionalGeneration:
     """Loads a Janus model, converting DeepSeek's layout (`model_type: multi_modality`) while it reads.
 
@@ -71,36 +72,40 @@ def load_janus(
             model are left alone unless it names `llm_int8_skip_modules` itself.
         device_map (*optional*): as in transformers, for native checkpoints. Parts may lie on several devices; only the
             language model may be offloaded ("cpu" beside accelerators, "disk").
+        weights (`str` or `os.PathLike`, *optional*): a file to read instead of the checkpoint's own weights: a whole
+            state dict with DeepSeek's names (`.safetensors`, or what `torch.save` wrote). For checkpoints in
+            DeepSeek's layout, of which only the small files are then needed.
 
     Returns:
         `JanusForConditionalGeneration` in eval mode. Peak memory is one copy of the weights and one tensor.
 
     Raises:
         FileNotFoundError: no such folder, config, weight file or shard.
-        ValueError: another architecture (JanusFlow included), or keys and shapes that do not match one to one.
+        ValueError: another architecture (JanusFlow and deepseek-vl included), whole weights and an adapter in one
+            folder, or keys and shapes that do not match one to one.
     """
     if device is not None and device_map is not None:
         raise ValueError(f"Both device={device!r} and device_map={device_map!r} were given; give one of them.")
-    folder = resolve(name_or_path, revision, token, ("*.json", *_TOKENIZER_FILES))
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; expected a Janus checkpoint, native or DeepSeek's.")
-    config = read_config(folder / "config.json", CONFIG_NAMES)
-    model_type = config.get("model_type")
-    if model_type not in ("janus", "multi_modality"):
-        raise ValueError(
-            f"{folder / 'config.json'} has model_type {model_type!r}; expected 'janus' (native) or 'multi_modality' "
-            "(DeepSeek's Janus, Janus-Pro, Janus-4o)."
-        )
+    folder, config = read_janus_config(name_or_path, revision, token)
+    model_type = config["model_type"]
     if model_type == "multi_modality" and (quantization_config is not None or device_map is not None):
         raise ValueError(
             f"{name_or_path} is in DeepSeek's layout, which is converted tensor by tensor: quantization_config "
             "and device_map need a native checkpoint. Convert it with `thinkclearly convert` and load the result."
         )
-    check_sizes(config, folder / "config.json")
-    if not Path(name_or_path).is_dir():
+    if weights is not None and model_type != "multi_modality":
+        raise ValueError(
+            f"{name_or_path} is in transformers' layout; a state dict such as {weights} belongs to a base in DeepSeek's. "
+            "Give that one, for example deepseek-ai/Janus-Pro-7B."
+        )
+    if weights is not None and not Path(weights).is_file():
+        raise FileNotFoundError(f"{weights} is no file; expected a state dict with DeepSeek's names.")
+    if weights is None and not Path(name_or_path).is_dir():
         folder = resolve(name_or_path, revision, token, ["*.safetensors"])
         if not any(folder.glob("*.safetensors")):
             folder = resolve(name_or_path, revision, token, ["*.bin"])
+    if weights is None:
+        _check_adapter(folder, model_type)
     if model_type == "janus":
         check_claims(folder, config)
         model = _load_native(
@@ -114,10 +119,49 @@ def load_janus(
         if device is not None and quantization_config is None:
             model = model.to(device)
     else:
-        model = _load_deepseek(folder, config, dtype, device or "cpu", attn_implementation)
+        files = find_weights(folder) if weights is None else [Path(weights)]
+        where = str(folder if weights is None else weights)
+        model = _load_deepseek(files, config, where, dtype, device or "cpu", attn_implementation)
     model.config._name_or_path = model.name_or_path = str(name_or_path)
     _set_special_ids(model, folder)
     return model
+
+
+def read_janus_config(
+    name_or_path: str | os.PathLike, revision: str | None = None, token: str | None = None
+) -> tuple[Path, dict]:
+    """The folder with a checkpoint's small files, and its `config.json`; errors as in [`load_janus`]."""
+    folder = resolve(name_or_path, revision, token, ("*.json", *_TOKENIZER_FILES))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; expected a Janus checkpoint, native or DeepSeek's.")
+    config = read_config(folder / "config.json", CONFIG_NAMES)
+    model_type = config.get("model_type")
+    if model_type not in ("janus", "multi_modality"):
+        raise ValueError(
+            f"{folder / 'config.json'} has model_type {model_type!r}; expected 'janus' (native) or 'multi_modality' "
+            "(DeepSeek's Janus, Janus-Pro, Janus-4o)."
+        )
+    if model_type == "multi_modality":
+        deepseek.check_family(config, str(folder))
+    check_sizes(config, folder / "config.json")
+    return folder, config
+
+
+def _check_adapter(folder: Path, model_type: str) -> None:
+    """An adapter beside whole weights must not be passed over; its settings alone say nothing."""
+    if not (folder / "adapter_config.json").is_file():
+        return
+    if found := [file.name for file in folder.glob("adapter_model*")]:
+        raise ValueError(
+            f"{folder} holds whole weights and an adapter ({found[0]}): which of the two is meant cannot be told. Move "
+            "the adapter_* files to a folder of their own, or remove them."
+        )
+    if model_type == "janus":
+        raise ValueError(
+            f"{folder} has an adapter_config.json, but no adapter beside it; transformers would look for one. Remove "
+            "that file."
+        )
+    logger.info("%s has an adapter_config.json, but no adapter: loading the whole weights beside it.", folder)
 
 
 def from_deepseek(model: nn.Module) -> JanusForConditionalGeneration:
@@ -266,6 +310,8 @@ def _load_native(source, **kwargs) -> JanusForConditionalGeneration:
     if kwargs["quantization_config"] is not None:
         kwargs["quantization_config"] = spare(kwargs["quantization_config"], _SPARED)
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the loading info tells, and with names
+    if find_weights(source)[0].suffix == ".bin":  # else transformers prefers an index of safetensors that are absent
+        kwargs["use_safetensors"] = False
     with config_errors(source):
         model, info = _Float32Tokenizer.from_pretrained(source, **options, **kwargs)
     model.__class__ = JanusForConditionalGeneration
@@ -299,14 +345,13 @@ def _finish(model: JanusForConditionalGeneration) -> JanusForConditionalGenerati
 # ---- DeepSeek's layout -------------------------------------------------------------------------------------------
 
 
-def _load_deepseek(folder, config, dtype, device, attn_implementation) -> JanusForConditionalGeneration:
-    files = find_weights(folder)
+def _load_deepseek(files, config, source, dtype, device, attn_implementation) -> JanusForConditionalGeneration:
     shapes = {}
     for file in files:
         with open_weights(file) as (names, shape, _):
             for key in names:
                 if key in shapes:
-                    raise ValueError(f"{key!r} is in both {shapes[key][1]} and {file.name} of {folder}; remove one.")
+                    raise ValueError(f"{key!r} is in both {shapes[key][1]} and {file.name} of {source}; remove one.")
                 shapes[key] = (shape(key), file.name)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -315,7 +360,7 @@ def _load_deepseek(folder, config, dtype, device, attn_implementation) -> JanusF
                 for key in names:
                     yield key, read(key)
 
-    return _convert(config, shapes, tensors(), str(folder), dtype, device, attn_implementation)
+    return _convert(config, shapes, tensors(), source, dtype, device, attn_implementation)
 
 
 def _convert(config, shapes, tensors, source, dtype, device, attn_implementation) -> JanusForConditionalGeneration:

@@ -123,7 +123,7 @@ def native_config(config: dict, shapes: dict[str, tuple[int, ...]], source: str)
     Raises:
         ValueError: JanusFlow, a tower or a projector that native Janus does not have, a missing key, contradictions.
     """
-    _check_family(config, source)
+    check_family(config, source)
 
     def shape(key):
         if key not in shapes:
@@ -198,12 +198,21 @@ def native_config(config: dict, shapes: dict[str, tuple[int, ...]], source: str)
     )
 
 
-def _check_family(config: dict, source: str):
+def check_family(config: dict, source: str) -> None:
+    """Raises `ValueError` for a `config.json` of DeepSeek's that is not a Janus model with codebook tokens.
+
+    JanusFlow and deepseek-vl have the same `model_type`. A tower or projector that native Janus does not have, too.
+    """
     if flow := sorted({"vision_und_enc_config", "vision_gen_enc_config", "vision_gen_dec_config"} & set(config)):
         raise ValueError(
             f"{source} is a JanusFlow checkpoint (its config.json has {', '.join(flow)}): it makes images with a "
             "rectified flow and has no codebook tokens, so there is nothing for an instruction token to stand for. "
             "Use a Janus, Janus-Pro or Janus-4o checkpoint."
+        )
+    if not any(name.startswith("gen_") for name in config) and "vision_config" in config:
+        raise ValueError(
+            f"{source} is a deepseek-vl checkpoint (its config.json has no gen_vision_config, gen_aligner_config or "
+            "gen_head_config): it looks at pictures but cannot make any. Use a Janus, Janus-Pro or Janus-4o checkpoint."
         )
     parts = ("vision_config", "aligner_config", "gen_vision_config", "gen_aligner_config", "gen_head_config")
     if missing := [part for part in (*parts, "language_config") if part not in config]:

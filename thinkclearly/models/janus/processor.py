@@ -24,24 +24,37 @@ from thinkclearly.sequence import Drawn, Known, Row, Sample, Seen, Words, condit
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 PAD, IMAGE = "<｜▁pad▁｜>", "<image_placeholder>"
 BOI, EOI = "<begin_of_image>", "<end_of_image>"
-USER, ASSISTANT = "<|User|>", "<|Assistant|>"
-SPECIAL_TOKENS = (BOS, EOS, PAD, IMAGE, BOI, EOI, USER, ASSISTANT)
+SPECIAL_TOKENS = (BOS, EOS, PAD, IMAGE, BOI, EOI)
+# How DeepSeek's conversation templates call user and model. Janus-1.3B and what was made of it have no tokens for them.
+ROLES = {"deepseek": ("<|User|>", "<|Assistant|>"), "deepseek_old": ("User", "Assistant")}
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
 
-_NAMES = ("image_size", "size", "image_mean", "image_std", "num_image_tokens")  # what is read of the processor files
+_NAMES = (
+    "image_size",
+    "size",
+    "image_mean",
+    "image_std",
+    "num_image_tokens",
+    "sft_format",
+)  # what is read of the processor files
 
 
 class JanusProcessor:
     """Pictures to pixel values and text to prompts, exactly as DeepSeek's processor and the Janus-4o demo do.
 
     Args:
-        tokenizer: holds the special tokens of `SPECIAL_TOKENS`; ids are always looked up by string.
+        tokenizer: holds the special tokens of `SPECIAL_TOKENS`; ids are always looked up by string. One without a
+            pad token, as of the first Janus-1.3B, gets `PAD`.
         image_size (`int`): side of the model's square pictures, pixels.
         num_image_tokens (`int`): N, tokens of one picture.
         image_mean, image_std (three `float`): normalisation of the channels after scaling to [0, 1].
+        sft_format (`str`): DeepSeek's name of the conversation template, a key of `ROLES`.
+
+    Raises:
+        ValueError: another template, or the tokenizer lacks a token that is needed.
     """
 
     def __init__(
@@ -51,17 +64,30 @@ class JanusProcessor:
         num_image_tokens: int,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        sft_format: str = "deepseek",
     ):
+        if not isinstance(sft_format, str) or sft_format not in ROLES:
+            raise ValueError(
+                f"processor_config.json has sft_format {sft_format!r:.60}; expected {' or '.join(map(repr, ROLES))}. "
+                "The model was trained on another conversation template, which is not known here."
+            )
+        self.sft_format = sft_format
+        self.user, self.assistant = ROLES[sft_format]
         self.tokenizer = tokenizer
         self.image_size, self.num_image_tokens = image_size, num_image_tokens
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         vocabulary = tokenizer.get_vocab()
-        missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
-        if missing:
+        roles = ROLES["deepseek"] if sft_format == "deepseek" else ()
+        if missing := [token for token in (*SPECIAL_TOKENS, *roles) if token not in vocabulary]:
+            advice = "Copy the tokenizer files of the base model beside the weights."
+            if set(missing) <= set(roles):
+                advice = "If its prompts say 'User: …', set sft_format to 'deepseek_old' in processor_config.json."
             raise ValueError(
-                f"The tokenizer lacks {missing}. Expected the tokenizer of a Janus-Pro checkpoint or a derivative; "
-                "copy its tokenizer files beside the weights."
+                f"The tokenizer lacks {missing}; expected the tokenizer of a Janus or Janus-Pro checkpoint or a "
+                f"derivative, with sft_format {sft_format!r}. {advice}"
             )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = PAD
         self.bos_id, self.eos_id, self.pad_id = vocabulary[BOS], vocabulary[EOS], vocabulary[PAD]
         self.image_id, self.boi_id, self.eoi_id = vocabulary[IMAGE], vocabulary[BOI], vocabulary[EOI]
 
@@ -80,7 +106,7 @@ class JanusProcessor:
         size = pictures.get("image_size") or (pictures.get("size") or {}).get("height")
         tokens = prompts.get("num_image_tokens", 576)
         norm = {name: pictures[name] for name in ("image_mean", "image_std") if name in pictures}
-        return cls(tokenizer, size, tokens, **norm)
+        return cls(tokenizer, size, tokens, **norm, sft_format=prompts.get("sft_format", "deepseek"))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes the same files in DeepSeek's layout, so that the original's code can read them too."""
@@ -105,7 +131,7 @@ class JanusProcessor:
             "add_special_token": False,
             "mask_prompt": True,
             "ignore_id": -100,
-            "sft_format": "deepseek",
+            "sft_format": self.sft_format,
         }
         for name, content in (("preprocessor_config.json", pictures), ("processor_config.json", prompts)):
             (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -182,7 +208,7 @@ class JanusProcessor:
             elif type(segment) in slot:
                 parts.append(slot[type(segment)] + ("" if draws else "\n"))
         # The original's template strips the whole turn, pictures included.
-        turn = f"{USER}: {''.join(parts).strip()}\n\n{ASSISTANT}:"
+        turn = f"{self.user}: {''.join(parts).strip()}\n\n{self.assistant}:"
         return turn + BOI if draws else f"{SYSTEM}\n\n{turn}"
 
     def _tokenize(self, text: str) -> list[int]:
