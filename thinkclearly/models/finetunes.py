@@ -147,8 +147,8 @@ def load_any(
     if Path(name).is_file():
         if base is None:
             raise ValueError(
-                f"{name} is a file of weights without config and tokenizer; give the model that they belong to as base, "
-                "for example deepseek-ai/Janus-Pro-7B."
+                f"{name} is a file of weights without config and tokenizer; give the model that they belong to as "
+                "base, for example deepseek-ai/Janus-Pro-7B."
             )
         return load_base(str(base), weights=name, **kwargs)
     hub = {name: kwargs.get(name) for name in ("revision", "token")}

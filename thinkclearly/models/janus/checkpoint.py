@@ -95,8 +95,8 @@ def load_janus(
         )
     if weights is not None and model_type != "multi_modality":
         raise ValueError(
-            f"{name_or_path} is in transformers' layout; a state dict such as {weights} belongs to a base in DeepSeek's. "
-            "Give that one, for example deepseek-ai/Janus-Pro-7B."
+            f"{name_or_path} is in transformers' layout; a state dict such as {weights} belongs to a base in "
+            "DeepSeek's. Give that one, for example deepseek-ai/Janus-Pro-7B."
         )
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"{weights} is no file; expected a state dict with DeepSeek's names.")
@@ -153,8 +153,8 @@ def _check_adapter(folder: Path, model_type: str) -> None:
         return
     if found := [file.name for file in folder.glob("adapter_model*")]:
         raise ValueError(
-            f"{folder} holds whole weights and an adapter ({found[0]}): which of the two is meant cannot be told. Move "
-            "the adapter_* files to a folder of their own, or remove them."
+            f"{folder} holds whole weights and an adapter ({found[0]}): which of the two is meant cannot be told. "
+            "Move the adapter_* files to a folder of their own, or remove them."
         )
     if model_type == "janus":
         raise ValueError(

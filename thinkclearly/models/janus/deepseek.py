@@ -212,7 +212,8 @@ def check_family(config: dict, source: str) -> None:
     if not any(name.startswith("gen_") for name in config) and "vision_config" in config:
         raise ValueError(
             f"{source} is a deepseek-vl checkpoint (its config.json has no gen_vision_config, gen_aligner_config or "
-            "gen_head_config): it looks at pictures but cannot make any. Use a Janus, Janus-Pro or Janus-4o checkpoint."
+            "gen_head_config): it looks at pictures but cannot make any. Use a Janus, Janus-Pro or Janus-4o "
+            "checkpoint."
         )
     parts = ("vision_config", "aligner_config", "gen_vision_config", "gen_aligner_config", "gen_head_config")
     if missing := [part for part in (*parts, "language_config") if part not in config]:

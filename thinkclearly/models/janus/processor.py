@@ -25,7 +25,7 @@ BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 PAD, IMAGE = "<｜▁pad▁｜>", "<image_placeholder>"
 BOI, EOI = "<begin_of_image>", "<end_of_image>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, IMAGE, BOI, EOI)
-# How DeepSeek's conversation templates call user and model. Janus-1.3B and what was made of it have no tokens for them.
+# How DeepSeek's conversation templates call user and model, by their names: tokens, or plain words.
 ROLES = {"deepseek": ("<|User|>", "<|Assistant|>"), "deepseek_old": ("User", "Assistant")}
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
