@@ -105,7 +105,7 @@ def test_gate_meter_counts_rows_that_see_the_source():
     labels[:, ::2] = CODES
     logits[..., CODES] += (labels == CODES) * 1.0
     sees = torch.tensor([True, False, True, False])
-    meter = GateMeter(CODES, torch.device("cpu"))
+    meter = GateMeter(InstructionVocabulary(CODES), torch.device("cpu"))
     meter.update(scores.score_logits(logits, labels, CODES), labels, torch.zeros(4, dtype=torch.bool))
     assert meter.compute() == {}, "nothing seen, nothing said"
     for part in (slice(0, 2), slice(2, 4)):

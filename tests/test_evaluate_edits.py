@@ -169,7 +169,7 @@ def test_the_judge_is_asked_about_every_picture_of_its_own_edit(both):
 def test_log_odds_stand_beside_the_truth_of_their_position(both):
     # At "exact" copying needs 10:1 odds more, and the bias gave half a unit away: neither is the gate's own belief.
     assert both.log_odds == pytest.approx(np.array([-3.0, 2.0, 1.5, -0.5]) - math.log(10) - 0.5)
-    assert both.unchanged.tolist() == [False, True, True, True]
+    assert both.instructed.tolist() == [False, True, True, True]
 
 
 @pytest.mark.parametrize(("prefer", "cost"), [("edit", math.log(10)), ("balanced", 0.0), ("exact", -math.log(10))])

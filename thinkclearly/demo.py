@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             "pictures": held_out.pictures,
             "clear": held_out.clear,
             "done": held_out.done,
-            "gate": gate_metrics(held_out.log_odds, held_out.unchanged),
+            "gate": gate_metrics(held_out.log_odds, held_out.instructed),
         },
         "seconds": seconds,
         "machine": machine(),
@@ -157,7 +157,7 @@ def report(
         picks[heading] = {name: found.reports[index] for name, index in chosen.items()}
         metrics |= {heading: found.pictures, f"{heading}: CLEAR against pixel labels and true masks": found.clear}
         rows += found.reports[:SHOWN]
-    gate = gate_metrics(held_out.log_odds, held_out.unchanged)
+    gate = gate_metrics(held_out.log_odds, held_out.instructed)
     write_report(
         output,
         "ThinkClearly demo",
@@ -168,7 +168,7 @@ def report(
         rows=rows,
         metrics=metrics,
         curves=log_history,
-        gate=(held_out.log_odds, held_out.unchanged),
+        gate=(held_out.log_odds, held_out.instructed),
         notes={
             "Gate": f"AUC {format_number(gate['auc'], '{:.4f}')}, "
             f"calibration error {format_number(gate['ece'], '{:.3f}')}",

@@ -6,6 +6,7 @@ and everything from preparation to the composite follows it. Knows nothing of mo
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable
@@ -23,8 +24,8 @@ def register_instruction(name: str, transform: Callable[[Image.Image], Image.Ima
 
     Args:
         name: capitals, digits and underscores, e.g. "BLUR"; written `<BLUR>` in JSONL files.
-        transform: an RGB picture to another of the same size, the same for the same bytes. It sees the source at its
-            own resolution; the model sees the result in its square.
+        transform: a picture, RGB or RGBA, to another of the same size and mode, the same for the same bytes. It sees
+            the source at its own resolution; the model sees the result in its square.
 
     Raises:
         ValueError: the name is taken or is not one.
@@ -53,7 +54,7 @@ class InstructionVocabulary:
         if unknown:
             raise ValueError(
                 f"Unknown instruction tokens {unknown}; known are {sorted(TRANSFORMS)}. Others have to be added with "
-                "thinkclearly.register_instruction before the model is loaded."
+                "thinkclearly.register_instruction before the data or the model are loaded."
             )
 
     def __len__(self) -> int:
@@ -64,18 +65,29 @@ class InstructionVocabulary:
         return self.codebook_size + len(self.names)
 
     def transforms(self, source: Image.Image) -> list[Image.Image]:
-        """What each instruction makes of the source: I pictures of its size.
+        """What each instruction makes of the source: I pictures of its size and mode.
 
         Raises:
-            ValueError: a transform changed the size.
+            ValueError: a transform changed one of them.
         """
         pictures = [TRANSFORMS[name](source) for name in self.names]
         for name, picture in zip(self.names, pictures):
-            if picture.size != source.size:
+            if (picture.size, picture.mode) != (source.size, source.mode):
                 raise ValueError(
-                    f"instruction {name}: {picture.size} of a {source.size} picture; patches stay in place"
+                    f"instruction {name}: its transform made {picture.size}, {picture.mode} of {source.size}, "
+                    f"{source.mode}; it must keep both, since patches stay in place"
                 )
         return pictures
+
+    def transforms_seen(self) -> dict[str, str]:
+        """What data must have been prepared with: name → digest of what the transform makes of one fixed picture.
+
+        Empty where CLEAR is the only row: then the source's codes say all.
+        """
+        if self.names in ((), (CLEAR,)):
+            return {}
+        made = self.transforms(Image.frombytes("RGB", (64, 64), hashlib.shake_128(b"").digest(3 * 64 * 64)))
+        return {name: hashlib.sha256(each.tobytes()).hexdigest()[:16] for name, each in zip(self.names, made)}
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Long, the shape of `ids`: number of the instruction, -1 where the class is a code."""
@@ -84,6 +96,11 @@ class InstructionVocabulary:
     def is_instruction(self, ids: torch.Tensor) -> torch.Tensor:
         """Bool, the shape of `ids`: True where the class is an instruction and not a code."""
         return ids >= self.codebook_size
+
+    def says(self, ids: torch.Tensor, name: str) -> torch.Tensor:
+        """Bool, the shape of `ids`: True where the class is this instruction; nowhere if the vocabulary lacks it."""
+        row = self.names.index(name) if name in self.names else len(self)
+        return ids == self.codebook_size + row
 
     def label(self, target_tokens: torch.Tensor, holds: torch.Tensor) -> torch.Tensor:
         """Class ids (..., N): the instruction where it holds, else the target's code; the first row that holds wins.

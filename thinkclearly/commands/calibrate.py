@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     if not (Path(arguments.model) / CONFIG_FILE).is_file():
         raise ValueError(f"model={arguments.model!r} is no folder with a {CONFIG_FILE}; calibrate where you can write")
     editor = load_finetune(arguments)
-    rows = build_data(data, Checkpoint(editor.model.base, editor.processor), ["calibration"]).calibration
+    checkpoint, instructions = Checkpoint(editor.model.base, editor.processor), editor.model.vocabulary.names
+    rows = build_data(data, checkpoint, ["calibration"], instructions).calibration
     if rows is None:
         raise ValueError(
             f"calibration_edits={data.calibration_edits}, source={data.source}: no held-out records with pictures"

@@ -16,6 +16,7 @@ class PrepareArguments:
 
     output_dir: str = option("outputs/data", "Where statistics, plots and the sheet of examples go.")
     jsonl: str | None = option(None, "Also write the training records as JSONL with '<CLEAR>' words to this file.")
+    instructions: list[str] = option(["CLEAR"], "Instruction tokens that are labels, the first that holds.")
     export_folder: str | None = option(None, "Also write the photo pairs as sample_XXXX folders.")
 
 
@@ -37,12 +38,13 @@ def main(argv: list[str] | None = None) -> None:
     if output.export_folder and data.source in ("jsonl", "prepared"):
         raise ValueError(f"export_folder={output.export_folder!r} needs pictures, and {data.path} holds tokens only")
     checkpoint = build_checkpoint(model)
-    prepared = build_data(data, checkpoint)
+    prepared = build_data(data, checkpoint, instructions=output.instructions)
     if not PartialState().is_main_process:
         return
     if output.export_folder:
         count = write_folder(map(read_example, prepared.rows["train"]), output.export_folder)
         logger.info("%d samples in %s", count, output.export_folder)
     if output.jsonl:
-        write_jsonl(prepared.train, output.jsonl, checkpoint.token_model.codebook_size)
-    inspect_dataset(prepared.train, checkpoint, output.output_dir, pixel_tolerance=data.pixel_tolerance)
+        write_jsonl(prepared.train, output.jsonl, checkpoint.token_model.codebook_size, output.instructions)
+    options = {"pixel_tolerance": data.pixel_tolerance, "instructions": output.instructions}
+    inspect_dataset(prepared.train, checkpoint, output.output_dir, **options)

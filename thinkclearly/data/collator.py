@@ -11,7 +11,7 @@ import torch
 
 from thinkclearly.data.features import FeatureCache, pictures_of, source_square
 from thinkclearly.data.sources import BadRecord
-from thinkclearly.instructions import InstructionVocabulary
+from thinkclearly.instructions import CLEAR, InstructionVocabulary
 from thinkclearly.models.janus.processor import JanusProcessor
 from thinkclearly.sequence import Dropout, answering, drawing
 
@@ -95,6 +95,11 @@ class Collator:
         """Codes (I, N) of each instruction's transform of the source; zeros, never used, where there is no source."""
         found = row.get("transformed_tokens")
         if found is None:  # the data knows the identity alone
+            if self.vocabulary.names != (CLEAR,) and len(codes):
+                raise BadRecord(
+                    f"{row['key']}: no transformed_tokens, the codes that {', '.join(self.vocabulary.names)} stand "
+                    "for. Prepare the data again with these `instructions`."
+                )
             found = np.repeat(codes[:1], len(self.vocabulary), axis=0) if len(codes) else None
         shape = len(self.vocabulary), self.processor.num_image_tokens
         if found is None:

@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -54,6 +54,7 @@ class Preparation:
         dtype (`str`): of the encoder.
         records (`int`): pairs that were prepared.
         skipped (`list[str]`): records left out, each with its reason.
+        transforms (`dict[str, str]`): `InstructionVocabulary.transforms_seen` of the instructions that were encoded.
     """
 
     codebook_hash: str
@@ -63,6 +64,7 @@ class Preparation:
     dtype: str = "float32"
     records: int = 0
     skipped: list[str] | None = None
+    transforms: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -87,12 +89,12 @@ class Layout:
     Args:
         features: all columns that are stored.
         read: (row, size of the square, grid) → `Record`; raises `BadRecord`. It runs in workers and knows no model.
-        key: whatever else the result depends on; part of the cache's name.
+        transforms: of the instructions that are encoded beside the source; see `Preparation`.
     """
 
     features: Features
     read: Callable[[Mapping, int, int], Record]
-    key: tuple = ()
+    transforms: dict[str, str] = field(default_factory=dict)
 
 
 def encode_dataset(
@@ -126,7 +128,7 @@ def encode_dataset(
         on_cpu = tokenizer_device(checkpoint).type == "cpu"
         # Started in another way than by forking, a worker runs the caller's script again.
         workers = GPU_WORKERS if not on_cpu and multiprocessing.get_start_method() == "fork" else 0
-    info = _describe(checkpoint)
+    info = _describe(checkpoint, layout.transforms)
     folder = Path(directory) / _fingerprint(rows, checkpoint, info, layout)
     folder.mkdir(parents=True, exist_ok=True)
     state = PartialState()
@@ -166,24 +168,33 @@ def encode_dataset(
         raise BadRecord(f"{folder}: no usable record is left of {len(rows)}; {INFO_FILE} lists why each was skipped")
     if skipped and on_bad_record == "error":  # an earlier run left them out
         raise BadRecord(f"{skipped[0]} ({len(skipped)} bad records in all; {folder / INFO_FILE} lists them)")
-    return load_encoded(folder, checkpoint)
+    return load_encoded(folder, checkpoint, layout.transforms)
 
 
-def load_encoded(folder: str | Path, checkpoint: Checkpoint) -> Dataset:
-    """Reads the shards of one preparation; tokens of another codebook or geometry are refused."""
+def load_encoded(folder: str | Path, checkpoint: Checkpoint, transforms: Mapping[str, str] = {}) -> Dataset:  # noqa: B006
+    """Reads the shards of one preparation; tokens of another codebook, geometry or transforms are refused.
+
+    Args:
+        transforms: `transforms_seen` of the vocabulary that the data is for.
+    """
     folder = Path(folder)
     if not (folder / INFO_FILE).is_file():
         inside = sorted(str(path.parent) for path in folder.glob(f"*/{INFO_FILE}"))
         meant = " or ".join(inside) or "the folder that has one"
         raise FileNotFoundError(f"{folder} has no {INFO_FILE}; give {meant}.")
     found = Preparation(**json.loads((folder / INFO_FILE).read_text(encoding="utf-8")))
-    expected = _describe(checkpoint)
+    expected = _describe(checkpoint, transforms)
     for name in ("codebook_hash", "codebook_size", "image_size", "num_image_tokens"):
         if getattr(found, name) != getattr(expected, name):
             raise ValueError(
                 f"{folder} was prepared with {name}={getattr(found, name)}, the model has {getattr(expected, name)}. "
                 "Prepare the data again with this model."
             )
+    if list(found.transforms.items()) != list(expected.transforms.items()):
+        raise ValueError(
+            f"{folder} was prepared for {_named(found.transforms)}, but {_named(expected.transforms)} is asked for, "
+            "in this order and with the transforms registered now. Prepare the data again, or change `instructions`."
+        )
     # A shard whose records were all skipped has no data file.
     shards = sorted({path.parent for path in folder.glob("shard-*/data-*.arrow")})
     encoded = datasets.concatenate_datasets([datasets.load_from_disk(str(path)) for path in shards])
@@ -290,19 +301,24 @@ def _no_bars():
             datasets.enable_progress_bars()
 
 
-def _describe(checkpoint: Checkpoint) -> Preparation:
+def _named(transforms: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({digest})" for name, digest in transforms.items()) or "CLEAR alone"
+
+
+def _describe(checkpoint: Checkpoint, transforms: Mapping[str, str]) -> Preparation:
     return Preparation(
         checkpoint.token_model.codebook_fingerprint(),
         checkpoint.token_model.codebook_size,
         checkpoint.processor.image_size,
         checkpoint.processor.num_image_tokens,
+        transforms=dict(transforms),
     )
 
 
 def _fingerprint(rows: Dataset, checkpoint: Checkpoint, info: Preparation, layout: Layout) -> str:
     scale = [checkpoint.processor.image_mean, checkpoint.processor.image_std]
     geometry = [info.codebook_hash, info.image_size, info.num_image_tokens, scale, SHARD_SIZE]
-    text = json.dumps([rows._fingerprint, *geometry, [*layout.features], *layout.key])
+    text = json.dumps([rows._fingerprint, *geometry, [*layout.features], *layout.transforms.items()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from thinkclearly.data.prepare import unchanged
 from thinkclearly.files import write_json
 from thinkclearly.images import Letterbox, load_image, to_image
-from thinkclearly.instructions import InstructionVocabulary
+from thinkclearly.instructions import CLEAR, InstructionVocabulary
 from thinkclearly.models.load import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MEANING = {
     "clear_ratio": "share of a record's patches that are CLEAR: by the labels in use, and as each rule would have it",
+    "instruction_ratio": "the same of every other instruction, by the labels in use",
     "mask_coverage": "share of a record's patches that the human mask marks as edited; counts in 10 bins from 0 to 1",
     "outside_mask.tokens_differ": "of the patches outside the mask: the target's code is not the source's",
     "outside_mask.tokens_differ_same_pixels": "the same, though no channel differs by more than pixel_tolerance",
@@ -42,29 +44,35 @@ def inspect_dataset(
     examples: int = 8,
     seed: int = 0,
     pixel_tolerance: int = 16,
+    instructions: Sequence[str] = (CLEAR,),
 ) -> dict:
     """Measures a labelled data set, and draws plots and a sheet of random examples.
 
     Args:
         dataset: as `prepare_dataset` returns it; of one read from JSONL only the labels in use can be measured.
         directory: where `statistics.json`, `statistics.png` and `examples.png` are written.
-        examples: rows of the sheet: source, target as its codes decode, and the patches that are not CLEAR in red.
+        examples: rows of the sheet: source, target as its codes decode, and the painted patches in red, those of other
+            instructions than CLEAR in blue.
         seed: of the choice of examples.
         pixel_tolerance: of 255, for the rule `pixels` and wherever pixels count as the same.
+        instructions: names of the labels' instruction tokens.
 
     Returns:
         `dict`: the content of `statistics.json`; `MEANING` explains its entries. Shares of nothing are None.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    codes = checkpoint.token_model.codebook_size
-    rows, counts = _measure(dataset, codes, pixel_tolerance)
+    vocabulary = InstructionVocabulary(checkpoint.token_model.codebook_size, tuple(instructions))
+    rows, counts = _measure(dataset, vocabulary, pixel_tolerance)
     statistics = {
         "records": len(dataset),
         "patches": checkpoint.processor.num_image_tokens,
         "pixel_tolerance": pixel_tolerance,
         "clear_ratio": {rule: _summary(values) for rule, values in rows.items() if rule in ("labels", *RULES)},
     }
+    others = [name for name in vocabulary.names if name != CLEAR]
+    if others:
+        statistics["instruction_ratio"] = {name: _summary(rows[f"labels {name}"]) for name in others}
     if counts:
         outside = counts["outside"]
         statistics["mask_coverage"] = _summary(rows["coverage"]) | {
@@ -76,7 +84,7 @@ def inspect_dataset(
     statistics["meaning"] = MEANING
     write_json(directory / "statistics.json", statistics)
     _plot(rows, statistics, directory / "statistics.png")
-    _draw_examples(dataset, checkpoint, codes, examples, seed, directory / "examples.png")
+    _draw_examples(dataset, checkpoint, vocabulary, examples, seed, directory / "examples.png")
     logger.info(
         "%d records, %.0f%% CLEAR; statistics and examples in %s",
         len(dataset),
@@ -90,7 +98,9 @@ RULES = ("tokens", "pixels", "mask")
 OUTSIDE = ("tokens_differ", "tokens_differ_same_pixels", "tokens_differ_identical_pixels")
 
 
-def _measure(dataset: Dataset, codes: int, tolerance: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+def _measure(
+    dataset: Dataset, vocabulary: InstructionVocabulary, tolerance: int
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Numbers of each record (the masked ones only, where a mask is needed), and counts of patches in all."""
     wanted = ("output_tokens", "input_tokens", "target_tokens", "pixel_difference", "mask_tokens")
     table = dataset.select_columns([name for name in wanted if name in dataset.column_names]).with_format("numpy")
@@ -105,7 +115,10 @@ def _measure(dataset: Dataset, codes: int, tolerance: int) -> tuple[dict[str, np
     with tqdm(total=len(table), desc="inspect", unit="record", disable=None) as bar:
         for batch in table.iter(2048):
             bar.update(len(batch["output_tokens"]))
-            add(labels=(batch["output_tokens"] >= codes).mean(-1))
+            labels = torch.from_numpy(batch["output_tokens"])
+            for name in dict.fromkeys((CLEAR, *vocabulary.names)):
+                share = vocabulary.says(labels, name).float().mean(-1).numpy()
+                add(**{"labels" if name == CLEAR else f"labels {name}": share})
             if not prepared:
                 continue
             same = {rule: unchanged(batch, rule, tolerance) for rule in ("tokens", "pixels")}
@@ -178,7 +191,9 @@ def _plot(rows: dict[str, np.ndarray], statistics: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _draw_examples(dataset: Dataset, checkpoint: Checkpoint, codes: int, examples: int, seed: int, path: Path) -> None:
+def _draw_examples(
+    dataset: Dataset, checkpoint: Checkpoint, vocabulary: InstructionVocabulary, examples: int, seed: int, path: Path
+) -> None:
     count = min(examples, len(dataset))
     if count == 0:
         return
@@ -186,19 +201,22 @@ def _draw_examples(dataset: Dataset, checkpoint: Checkpoint, codes: int, example
     grid = checkpoint.processor.grid
     figure = Figure(figsize=(9, 3.3 * count), layout="constrained")
     for row, panels in zip(dataset.with_format(None).select(chosen), figure.subplots(count, 3, squeeze=False)):
-        source, target = _pictures(row, checkpoint, codes)
-        edited = np.asarray(row["output_tokens"]).reshape(grid, grid) < codes
-        red = np.zeros((grid, grid, 4))
-        red[edited] = (1, 0, 0, 0.5)
+        source, target = _pictures(row, checkpoint, vocabulary)
+        labels = torch.tensor(row["output_tokens"]).view(grid, grid)
+        clear, painted = vocabulary.says(labels, CLEAR).numpy(), ~vocabulary.is_instruction(labels).numpy()
+        colours = np.zeros((grid, grid, 4))
+        colours[painted] = (1, 0, 0, 0.5)
+        colours[~painted & ~clear] = (0, 0, 1, 0.5)
+        legend = "the rest in red" if (painted | clear).all() else "painted in red, others in blue"
         extent = (0, source.width, source.height, 0)
         panels[0].imshow(source, extent=extent)
         panels[1].imshow(target, extent=extent)
         panels[2].imshow(source, extent=extent)
-        panels[2].imshow(red, extent=extent, interpolation="nearest")
+        panels[2].imshow(colours, extent=extent, interpolation="nearest")
         titles = (
             row["instruction"],
             f"target, decoded; {row['key']}" if "key" in row else "target, decoded",
-            f"{1 - edited.mean():.0%} CLEAR, the rest in red",
+            f"{clear.mean():.0%} CLEAR, {legend}",
         )
         for axes, title in zip(panels, titles):
             axes.set_axis_off()
@@ -206,11 +224,12 @@ def _draw_examples(dataset: Dataset, checkpoint: Checkpoint, codes: int, example
     figure.savefig(path, dpi=80)
 
 
-def _pictures(row: dict, checkpoint: Checkpoint, codes: int) -> tuple[Image.Image, Image.Image]:
+def _pictures(row: dict, checkpoint: Checkpoint, vocabulary: InstructionVocabulary) -> tuple[Image.Image, Image.Image]:
     """Square source and target; what has no picture is decoded from its codes."""
     source = torch.tensor([row["input_tokens"]])
     labels = torch.tensor([row.get("target_tokens") or row["output_tokens"]])
-    tokens = torch.cat([source, InstructionVocabulary(codes).remap(labels, source.unsqueeze(-2))])
+    copied = torch.tensor(row.get("transformed_tokens") or row["input_tokens"] * len(vocabulary))
+    tokens = torch.cat([source, vocabulary.remap(labels, copied.view(1, len(vocabulary), -1))])
     decoded, target = map(to_image, checkpoint.token_model.decode(tokens))
     if row.get("source") is None:
         return decoded, target

@@ -1,8 +1,9 @@
 """Prepared records as JSON lines, the original's exchange format: `{instruction, input_tokens, output_tokens}`.
 
 `output_tokens` holds codes and the names of instruction tokens ("<CLEAR>"); in memory those are ids from
-`codebook_size` on. `origins`, which is ours and may be missing, tells which records share a picture. Knows nothing of
-models or pictures.
+`codebook_size` on. `origins`, which is ours and may be missing, tells which records share a picture. With other
+instruction tokens than CLEAR `transformed_tokens` holds the codes that each of them stands for, one after the other.
+Knows nothing of models or pictures.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from thinkclearly.data.groups import token_origins
 from thinkclearly.data.sources import BadRecord
 from thinkclearly.files import replacing
+from thinkclearly.instructions import CLEAR
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ FEATURES = datasets.Features(
     }
 )
 REQUIRED = ("instruction", "input_tokens", "output_tokens")
+TRANSFORMED = {"transformed_tokens": datasets.List(datasets.Value("int32"))}
 
 
 def read_jsonl(
@@ -37,7 +40,7 @@ def read_jsonl(
     codebook_size: int,
     num_tokens: int,
     on_bad_record: str = "error",
-    names: Sequence[str] = ("CLEAR",),
+    names: Sequence[str] = (CLEAR,),
 ) -> tuple[datasets.Dataset, list[str]]:
     """Read prepared records and check every one.
 
@@ -50,8 +53,9 @@ def read_jsonl(
 
     Returns:
         `tuple`: a Dataset of instruction (str), input_tokens and output_tokens (int32, `num_tokens` each) and origins
-        (str, what tells which records share a picture; made of the tokens where the line has none), and one message
-        `FILE:LINE: reason` per skipped line.
+        (str, what tells which records share a picture; made of the tokens where the line has none), where lines have
+        them transformed_tokens (int32, `num_tokens` for each name), and one message `FILE:LINE: reason` per skipped
+        line.
 
     Raises:
         BadRecord: a bad line (`FILE:LINE: …`).
@@ -60,7 +64,7 @@ def read_jsonl(
     if on_bad_record not in ("error", "skip"):
         raise ValueError(f"on_bad_record={on_bad_record!r}: expected 'error' or 'skip'.")
     ids = {f"<{name}>": codebook_size + i for i, name in enumerate(names)}
-    columns = {name: [] for name in FEATURES}
+    columns = {name: [] for name in (*FEATURES, *TRANSFORMED)}
     skipped = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -74,18 +78,21 @@ def read_jsonl(
                     raise BadRecord(message) from error
                 skipped.append(message)
                 continue
-            for name, value in zip(FEATURES, record):
+            for name, value in zip(columns, record):
                 columns[name].append(value)
     if skipped:
         logger.warning("%s: skipped %d bad lines, the first: %s", path, len(skipped), skipped[0])
     if not columns["instruction"]:
         raise ValueError(f"{path}: no usable record ({len(skipped)} bad lines); expected one JSON object per line.")
-    return datasets.Dataset.from_dict(columns, features=FEATURES), skipped
+    features = FEATURES
+    if any(codes is not None for codes in columns["transformed_tokens"]):
+        features = datasets.Features({**FEATURES, **TRANSFORMED})
+    return datasets.Dataset.from_dict({name: columns[name] for name in features}, features=features), skipped
 
 
 def _parse(
     line: bytes, codebook_size: int, num_tokens: int, ids: dict[str, int]
-) -> tuple[str, np.ndarray, np.ndarray, list[str]]:
+) -> tuple[str, np.ndarray, np.ndarray, list[str], np.ndarray | None]:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -104,10 +111,14 @@ def _parse(
         raise BadRecord(f"'instruction' holds half a surrogate pair at {error.start}; it is not text.") from error
     source = _tokens(record, "input_tokens", codebook_size, num_tokens, {})
     target = _tokens(record, "output_tokens", codebook_size, num_tokens, ids)
-    origins = record.get("origins") or token_origins(source, np.where(target < codebook_size, target, source))
+    transformed, copied = None, np.tile(source, len(ids))
+    if record.get("transformed_tokens") is not None:
+        transformed = copied = _tokens(record, "transformed_tokens", codebook_size, num_tokens * len(ids), {})
+    parts, number = np.concatenate([target, copied]).reshape(-1, num_tokens), np.maximum(0, target - codebook_size + 1)
+    origins = record.get("origins") or token_origins(source, parts[number, np.arange(num_tokens)])
     if not isinstance(origins, list) or not all(isinstance(name, str) for name in origins):
         raise BadRecord(f"'origins' is {origins!r:.40}, expected a list of names, or none.")
-    return instruction, source, target, origins
+    return instruction, source, target, origins, transformed
 
 
 def _tokens(record: dict, field: str, codebook_size: int, num_tokens: int, ids: dict[str, int]) -> np.ndarray:
@@ -126,7 +137,7 @@ def _tokens(record: dict, field: str, codebook_size: int, num_tokens: int, ids: 
 
 
 def write_jsonl(
-    dataset: datasets.Dataset, path: str | os.PathLike, codebook_size: int, names: Sequence[str] = ("CLEAR",)
+    dataset: datasets.Dataset, path: str | os.PathLike, codebook_size: int, names: Sequence[str] = (CLEAR,)
 ) -> int:
     """Write records so that `read_jsonl` reads them back; returns how many.
 
@@ -135,7 +146,7 @@ def write_jsonl(
     words = [f"<{name}>" for name in names]
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for index, row in enumerate(dataset.with_format(None)):
-            line = {name: row[name] for name in FEATURES if name in row}
+            line = {name: row[name] for name in (*FEATURES, *TRANSFORMED) if name in row}
             for field, last in (("input_tokens", codebook_size), ("output_tokens", codebook_size + len(words))):
                 wrong = [token for token in row[field] if not 0 <= token < last]
                 if wrong:

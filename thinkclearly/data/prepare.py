@@ -89,9 +89,9 @@ def prepare_dataset(
         instructions than CLEAR also `transformed_tokens` (I·N codes) and `transformed_difference` (I·N).
     """
     vocabulary = InstructionVocabulary(checkpoint.token_model.codebook_size, tuple(instructions))
-    others = vocabulary.names if vocabulary.names != (CLEAR,) else ()
-    features = Features({**ENCODED, **(TRANSFORMED if others else {})})
-    layout = Layout(features, partial(_read_pair, names=others), key=others)
+    transforms = vocabulary.transforms_seen()
+    features = Features({**ENCODED, **(TRANSFORMED if transforms else {})})
+    layout = Layout(features, partial(_read_pair, names=tuple(transforms)), transforms)
     encoded = encode_dataset(rows, checkpoint, directory, layout, **options)
     with PartialState().main_process_first():
         return label_dataset(encoded, clear_label, pixel_tolerance, vocabulary)

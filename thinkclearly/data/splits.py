@@ -146,18 +146,18 @@ def read_rows(data: DataArguments) -> Dataset:
 def _read_tokens(data: DataArguments, checkpoint: Checkpoint, instructions: Sequence[str]) -> Dataset:
     """Labelled records of a source that has tokens already."""
     codes = checkpoint.token_model.codebook_size
+    vocabulary = InstructionVocabulary(codes, tuple(instructions))
     if data.source == "jsonl":
-        rows, _ = read_jsonl(data.path, codes, checkpoint.processor.num_image_tokens, on_bad_record=data.on_bad_record)
+        n = checkpoint.processor.num_image_tokens
+        rows, _ = read_jsonl(data.path, codes, n, on_bad_record=data.on_bad_record, names=instructions)
         rows = rows.add_column("key", [f"{Path(data.path).name}[{i}]" for i in range(len(rows))])
         return select_rows(rows, data)
-    encoded = select_rows(load_encoded(pull_dataset(data.path), checkpoint), data)
+    encoded = select_rows(load_encoded(pull_dataset(data.path), checkpoint, vocabulary.transforms_seen()), data)
     if "origins" not in encoded.column_names:  # prepared by an earlier version
         encoded = encoded.add_column(
             "origins", list(map(token_origins, encoded["input_tokens"], encoded["target_tokens"]))
         )
-    return label_dataset(
-        encoded, data.clear_label, data.pixel_tolerance, InstructionVocabulary(codes, tuple(instructions))
-    )
+    return label_dataset(encoded, data.clear_label, data.pixel_tolerance, vocabulary)
 
 
 def select_rows(rows: Dataset, data: DataArguments) -> Dataset:

@@ -61,7 +61,7 @@ def composite(
     """Source where a patch is CLEAR, edited elsewhere, at the source's own size.
 
     Args:
-        source: RGB or RGBA, the photo as it came, W×H.
+        source: RGB or RGBA, W×H: the photo as it came, or what `assemble` made of it.
         edited: of the same mode and size, the decoded picture in the source's colours; see `colour.painted`.
         clear: bool (g, g), True where the patch is the source.
         letterbox: geometry between the two.

@@ -26,19 +26,22 @@ class EditResult:
 
     Attributes:
         image: the composite; every pixel that `mask` calls CLEAR is the source's, byte for byte.
-        token_composite: the decoded tokens with the source's codes where CLEAR was chosen.
-        raw: what the model would have drawn everywhere, CLEAR ignored; decoded when first asked for.
+        token_composite: the decoded tokens, with the source's codes where CLEAR was chosen and those of its transform
+            where another instruction was.
+        raw: what the model would have drawn everywhere, instructions ignored; decoded when first asked for.
         input_decoded: the source through the tokenizer and back; decoded when first asked for.
         source: the picture that was edited.
         mask: mode "L", 255 where `image` is the source's own pixel, after smoothing and blending.
-        gate_mask: mode "L", 255 where the patch's class is CLEAR, before smoothing.
+        gate_mask: mode "L", 255 where the patch's class is an instruction, before smoothing.
         class_ids: long (N,), the chosen classes; K and above are instruction tokens.
-        fed_codes: long (N,), what went back into the model: classes with instructions replaced by the source's codes.
-        codes: long (N,), the best code everywhere, CLEAR ignored.
+        fed_codes: long (N,), what went back into the model: classes with instructions replaced by the codes of what
+            they stand for, CLEAR by the source's.
+        codes: long (N,), the best code everywhere, instructions ignored.
         source_tokens: long (N,), the source's codes.
         gate: float32 (N,), log-odds of copying, see `Decoded`.
-        chosen: bool (g, g), patches whose class is CLEAR.
-        clear: bool (g, g), the same after smoothing; with `feather: inside` the patches that `mask` shows.
+        chosen: bool (g, g), patches whose class is an instruction.
+        clear: bool (g, g), those that are the source itself, after smoothing; with `feather: inside` the patches that
+            `mask` shows.
         clear_fraction: share of the pixels that `mask` calls CLEAR.
         notes: what of the source could not be kept, e.g. 16 bits a channel.
         passes: forward passes of the batch that this edit was decoded in.

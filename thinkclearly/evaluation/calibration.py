@@ -27,14 +27,14 @@ BINS = 15  # of equal width, for the calibration error and its curve
 
 
 def fit_gate(log_odds: np.ndarray, clear: np.ndarray) -> tuple[float, float]:
-    """Bias and temperature that make σ((log_odds + bias) / temperature) the probability of CLEAR.
+    """Bias and temperature that make σ((log_odds + bias) / temperature) the probability of copying.
 
     Maximum likelihood with Platt's targets (N₊ + 1)/(N₊ + 2) and 1/(N₋ + 2) (Platt 1999), which stay finite where
     the classes can be told apart without an error.
 
     Args:
         log_odds: float (M,), of the gate as it is.
-        clear: bool (M,), whether CLEAR is true.
+        clear: bool (M,), whether an instruction is true: CLEAR, or another where the model has others.
 
     Raises:
         ValueError: all true or all false, or an AUC below `MIN_AUC`. The likeliest bias and temperature of log-odds
@@ -123,7 +123,7 @@ def calibrate(editor: Editor, rows: Iterable[dict], batch_size: int = 16) -> dic
 
 
 def _decode(editor: Editor, rows: list[dict], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The gate's log-odds (float64) and whether CLEAR is true (bool), at every position of every row: (rows·N,)."""
+    """The gate's log-odds (float64) and whether an instruction is true (bool), at all positions: (rows·N,)."""
     settings = replace(editor.settings, guidance="factorised", prefer="balanced", clear_bias=0.0)
     editor = Editor(editor.model, editor.processor, settings)
     gates, clears = [], []
@@ -131,5 +131,6 @@ def _decode(editor: Editor, rows: list[dict], batch_size: int) -> tuple[np.ndarr
         batch = rows[start : start + batch_size]
         results = editor.edit_many([row["source"] for row in batch], [row["instruction"] for row in batch])
         gates += [result.gate.numpy() for result in results]
-        clears += [np.asarray(row["output_tokens"]) >= editor.model.clear_config.codebook_size for row in batch]
+        labels = torch.tensor([row["output_tokens"] for row in batch])
+        clears += [*editor.model.vocabulary.is_instruction(labels).numpy()]
     return np.concatenate(gates).astype(np.float64), np.concatenate(clears)

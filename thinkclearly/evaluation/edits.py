@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
@@ -27,6 +28,7 @@ from thinkclearly.evaluation.metrics import (
 )
 from thinkclearly.evaluation.tables import format_number
 from thinkclearly.images import Letterbox, patch_difference
+from thinkclearly.instructions import CLEAR
 
 
 @dataclass
@@ -36,10 +38,11 @@ class Evaluation:
     Attributes:
         pictures: row (raw, token_composite, …) → aggregated `image_metrics`; `_outside` is against the source,
             `_inside` against the target, plain numbers against the source.
-        clear: "labels" and, with masks, "mask" → aggregated `clear_metrics` of the model's own decisions.
+        clear: "labels" and, with masks, "mask" → aggregated `clear_metrics` of the model's own decisions; of every
+            instruction besides CLEAR the same against the pixels, by its name.
         done: row → share of edits that were done, where a judge was given.
         log_odds: float (edits·N,), calibrated log-odds of copying; empty where there is no gate to speak of.
-        unchanged: bool (edits·N,), whether CLEAR was true there, by pixels.
+        instructed: bool (edits·N,), whether CLEAR, or another instruction, was true there, by pixels.
         scores: float (edits,), PSNR of the whole composite against the target, dB.
         reports: one dict an edit for `write_report`.
         results: one `EditResult` an edit.
@@ -49,7 +52,7 @@ class Evaluation:
     clear: dict[str, dict]
     done: dict[str, float]
     log_odds: np.ndarray
-    unchanged: np.ndarray
+    instructed: np.ndarray
     scores: np.ndarray
     reports: list[dict]
     results: list
@@ -73,12 +76,14 @@ def evaluate_edits(
     Args:
         examples: with targets of the sources' sizes; inside and outside need masks.
         judge: (key, picture) → whether the asked edit is done.
-        pixel_tolerance: where source and target differ by no more, of 255, the true label is CLEAR.
+        pixel_tolerance: where the target and an instruction's transform of the source differ by no more, of 255, that
+            instruction is the true label; CLEAR's is the source itself.
     """
     images: dict[str, list[dict]] = {}
     clears: dict[str, list[dict]] = {"labels": []}
     done: dict[str, list[bool]] = {}
-    log_odds, unchanged, scores = [], [], []
+    log_odds, instructed, scores = [], [], []
+    vocabulary = editor.model.vocabulary
     reports: list[dict] = []
     kept: list = []
     with tqdm(total=total, desc="edit", unit="picture") as bar:
@@ -98,10 +103,14 @@ def evaluate_edits(
                     images.setdefault(name, []).append(_compare(picture, example, mask))
                     if judge is not None:
                         done.setdefault(name, []).append(judge(example.key, picture))
-                chosen = editor.model.vocabulary.is_instruction(result.class_ids).numpy()
-                unchanged.append(_unchanged(example, editor, pixel_tolerance))
+                truth = _true_instructions(example, editor, pixel_tolerance)
+                chosen = vocabulary.says(result.class_ids, CLEAR).numpy()
+                instructed.append(np.any([*truth.values()], axis=0))
                 log_odds.append(calibrated_log_odds(result))
-                clears["labels"].append(clear_metrics(chosen, unchanged[-1]))
+                clears["labels"].append(clear_metrics(chosen, truth[CLEAR]))
+                for name in [name for name in truth if name != CLEAR]:
+                    says = vocabulary.says(result.class_ids, name).numpy()
+                    clears.setdefault(name, []).append(clear_metrics(says, truth[name]))
                 if mask is not None:
                     box = Letterbox(*example.source.size, editor.processor.image_size)
                     touched = box.fit_mask(example.mask, editor.processor.grid).ravel()
@@ -115,16 +124,16 @@ def evaluate_edits(
         {name: aggregate_image_metrics(rows) for name, rows in images.items()},
         {name: aggregate_clear_metrics(rows) for name, rows in clears.items()},
         {name: float(np.mean(values)) for name, values in done.items()},
-        *_with_gate(log_odds, unchanged),
+        *_with_gate(log_odds, instructed),
         np.array(scores),
         reports,
         kept,
     )
 
 
-def _with_gate(log_odds: list[np.ndarray], unchanged: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _with_gate(log_odds: list[np.ndarray], instructed: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """As flat arrays, without the positions that have no log-odds."""
-    gate, truth = np.concatenate(log_odds), np.concatenate(unchanged)
+    gate, truth = np.concatenate(log_odds), np.concatenate(instructed)
     return gate[np.isfinite(gate)], truth[np.isfinite(gate)]
 
 
@@ -148,11 +157,16 @@ def _compare(picture: Image.Image, example: EditExample, mask: np.ndarray | None
     return row
 
 
-def _unchanged(example: EditExample, editor, tolerance: int) -> np.ndarray:
-    """True CLEAR positions by pixels, bool (N,): as `data.prepare` labels them."""
-    processor = editor.processor
-    source, target = (Letterbox(*p.size, processor.image_size).fit(p) for p in (example.source, example.target))
-    return patch_difference(source, target, processor.grid).ravel() <= tolerance
+def _true_instructions(example: EditExample, editor, tolerance: int) -> dict[str, np.ndarray]:
+    """True positions of each instruction by pixels, bool (N,), as `data.prepare` labels them; always CLEAR's."""
+    size, grid, vocabulary = editor.processor.image_size, editor.processor.grid, editor.model.vocabulary
+    if CLEAR not in vocabulary.names:  # a model that cannot copy is measured all the same
+        vocabulary = replace(vocabulary, names=(*vocabulary.names, CLEAR))
+    target = Letterbox(*example.target.size, size).fit(example.target)
+    squares = map(Letterbox(*example.source.size, size).fit, vocabulary.transforms(example.source))
+    holds = [patch_difference(square, target, grid).ravel() <= tolerance for square in squares]
+    labels = vocabulary.label(torch.zeros(grid * grid, dtype=torch.long), torch.from_numpy(np.stack(holds)))
+    return {name: vocabulary.says(labels, name).numpy() for name in vocabulary.names}
 
 
 def best_median_worst(scores: np.ndarray) -> dict[str, int]:

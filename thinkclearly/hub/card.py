@@ -20,8 +20,10 @@ from thinkclearly.data.encode import Preparation
 from thinkclearly.evaluation.benchmark import SHARED_FOLDER
 from thinkclearly.evaluation.benchmark_report import eval_results
 from thinkclearly.files import is_local
+from thinkclearly.instructions import CLEAR
 from thinkclearly.models.instruction_head import (
     ADAPTER_FILE,
+    CONFIG_FILE,
     HEAD_FILE,
     head_digest,
     read_base_name,
@@ -101,7 +103,11 @@ def model_card(
             own.data[key] = value
         own.data["base_model"] = base_model
         return own
-    parts = [MARK, f"# {title}", _about(base_model, data, step_of(directory)), _usage(repo_id)]
+    parts = [MARK, f"# {title}", _about(base_model, data, step_of(directory))]
+    known = read_clear_config(directory).instructions if (directory / CONFIG_FILE).is_file() else []
+    others = [name for name in known if name != CLEAR]
+    parts += [_further(others)] if others else []
+    parts.append(_usage(repo_id))
     if base_model is None and is_adapter and recipe.get("base_model") == LEFT_OUT:
         parts.append(
             "The base model was a folder on the machine that trained, so it is not named here. "
@@ -201,7 +207,8 @@ def dataset_card(repo_id: str, preparation: Preparation) -> DatasetCard:
     """The card of a tokenized data set."""
     configs = [{"config_name": "default", "data_files": "shard-*/data-*.arrow"}]
     metadata = DatasetCardData(configs=configs, tags=["thinkclearly", "clear-edit"], task_categories=[TASK])
-    facts = {name: value for name, value in vars(preparation).items() if name != "skipped"}
+    facts = {name: value for name, value in vars(preparation).items() if name not in ("skipped", "transforms")}
+    facts |= {"instructions": ", ".join(preparation.transforms)} if preparation.transforms else {}
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
     text = (
         f"{MARK}\n\n# {repo_id.split('/')[-1]}\n\nPicture edits as the image codes of a Janus model: source, target, "
@@ -226,6 +233,16 @@ def _about(base_model: str | None, data: str, step: int | None) -> str:
         f"Edits pictures by instruction: {base}, fine-tuned on {data} to say `<CLEAR>` wherever the source should "
         "stay. Those patches are copied from the photo itself, byte for byte and at its own resolution."
         + (f" These are the weights after step {step}." if step is not None else "")
+    )
+
+
+def _further(names: list[str]) -> str:
+    """What a model with other instruction tokens than CLEAR says, and what it needs before it can be loaded."""
+    lines = "\n".join(f'thinkclearly.register_instruction("{name}", transform)' for name in names)
+    return (
+        f"It also says {', '.join(f'`<{name}>`' for name in names)}: such patches are copied from the token's own "
+        "transform of the photo, picture to picture, which this repository does not hold. Before loading, register "
+        f"the one it was trained with:\n\n```\n{lines}\n```"
     )
 
 

@@ -37,9 +37,10 @@ class EpochOfDropout(TrainerCallback):
 
 
 class TuneClearWeight(TrainerCallback):
-    """The original's auto-tuning: predicting CLEAR too often lowers its class weight, too rarely raises it.
+    """The original's auto-tuning: copying too often lowers the class weight of instructions, too rarely raises it.
 
-    After each evaluation, weight ← clip(weight − eta·(predicted rate − true rate), lowest, highest).
+    After each evaluation, weight ← clip(weight − eta·(predicted rate − true rate), lowest, highest), the rates being
+    those of all instructions together, which share the weight.
 
     Args:
         trainer: whose `clear_weight` is moved.
@@ -50,8 +51,9 @@ class TuneClearWeight(TrainerCallback):
         self.trainer, self.eta, self.lowest, self.highest = trainer, eta, lowest, highest
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if metrics and "eval_clear_rate_predicted" in metrics:
-            excess = metrics["eval_clear_rate_predicted"] - metrics["eval_clear_rate_true"]
+        predicted = [name for name in metrics or () if name.endswith("_rate_predicted")]
+        if predicted:
+            excess = sum(metrics[name] - metrics[name.replace("_predicted", "_true")] for name in predicted)
             moved = self.trainer.clear_weight - self.eta * excess
             self.trainer.clear_weight = min(self.highest, max(self.lowest, moved))
 

@@ -21,6 +21,7 @@ from thinkclearly.data.splits import PreparedData, build_data
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import calibrate
 from thinkclearly.evaluation.pictures import sheet
+from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.cross_entropy import Scores
 from thinkclearly.models.instruction_head import InstructionModel, read_clear_config, write_clear_config
 from thinkclearly.models.load import Checkpoint
@@ -39,7 +40,9 @@ class ClearArguments:
     """The CLEAR objective and what is watched while training."""
 
     instructions: list[str] = option(["CLEAR"], "Instruction tokens to learn, the first that holds being the label.")
-    clear_weight: float = option(0.3, "Class weight of CLEAR in the loss; inference takes its logarithm off again.")
+    clear_weight: float = option(
+        0.3, "Class weight of instruction tokens in the loss; inference takes its logarithm off again."
+    )
     tune_clear_weight: bool = option(False, "The original's auto-tuning: move the weight after each evaluation.")
     drop_all: float = option(0.1, "Share of rows that see neither picture nor words (trains the uncond row).")
     drop_source: float = option(0.5, "Share of the other rows that do not see the source codes (trains no_source).")
@@ -58,35 +61,41 @@ Arguments = ClearArguments
 
 
 class GateMeter:
-    """Running CLEAR rates, code accuracy and gate AUC over the rows that see the source.
+    """Running rates of each instruction, code accuracy and gate AUC over the rows that see the source.
+
+    The gate says copy or paint, so its AUC is that of any instruction against codes.
 
     Args:
         sync_on_compute: add up the processes' rows; off where each of them is given all rows.
     """
 
-    def __init__(self, codebook_size: int, device: torch.device, sync_on_compute: bool = True):
-        self.codebook_size = codebook_size
-        means = ("clear_rate_true", "clear_rate_predicted", "code_accuracy", "accuracy")
+    def __init__(self, vocabulary: InstructionVocabulary, device: torch.device, sync_on_compute: bool = True):
+        self.vocabulary = vocabulary
+        rates = [f"{name.lower()}_rate_{kind}" for name in vocabulary.names for kind in ("true", "predicted")]
+        means = (*rates, "copied", "code_accuracy", "accuracy")
         self.means = {name: MeanMetric(sync_on_compute=sync_on_compute).to(device) for name in means}
         self.auc = BinaryAUROC(thresholds=512, ignore_index=-1, sync_on_compute=sync_on_compute).to(device)
 
     @torch.no_grad()
     def update(self, scores: Scores, labels: torch.Tensor, sees_source: torch.Tensor) -> None:
         """Rows that do not see the source carry weight 0: a process without any still takes part in the sums."""
-        clear, predicted = labels >= self.codebook_size, scores.predicted
+        copied, predicted = self.vocabulary.is_instruction(labels), scores.predicted
         counted = sees_source[:, None].expand_as(labels)
-        self.means["clear_rate_true"].update(clear.float(), counted.float())
-        self.means["clear_rate_predicted"].update((predicted >= self.codebook_size).float(), counted.float())
-        self.means["code_accuracy"].update((scores.code == labels).float(), (counted & ~clear).float())
+        for name in self.vocabulary.names:
+            for kind, classes in (("true", labels), ("predicted", predicted)):
+                says = self.vocabulary.says(classes, name)
+                self.means[f"{name.lower()}_rate_{kind}"].update(says.float(), counted.float())
+        self.means["copied"].update(copied.float(), counted.float())
+        self.means["code_accuracy"].update((scores.code == labels).float(), (counted & ~copied).float())
         self.means["accuracy"].update((predicted == labels).float(), counted.float())
         # Any rising function gives the same area; a slow one keeps small probabilities apart on 512 thresholds.
         score = (scores.gate / 4).sigmoid()
-        self.auc.update(score.flatten(), torch.where(counted, clear.long(), -1).flatten())
+        self.auc.update(score.flatten(), torch.where(counted, copied.long(), -1).flatten())
 
     def compute(self) -> dict[str, float]:
         """The values since the last call, and a fresh start; what was never seen is left out."""
         values = {name: float(metric.compute()) for name, metric in self.means.items()}
-        if 0 < values["clear_rate_true"] < 1:
+        if 0 < values.pop("copied") < 1:
             values["gate_auc"] = float(self.auc.compute())
         for metric in (*self.means.values(), self.auc):
             metric.reset()
@@ -94,8 +103,9 @@ class GateMeter:
 
 
 class ClearEditTrainer(SupervisedTrainer):
-    """A `SupervisedTrainer` that also logs, for rows that see the source: true and predicted CLEAR rate, accuracy of
-    the codes where a code is the label, accuracy over all classes, and the area under the gate's ROC curve.
+    """A `SupervisedTrainer` that also logs, for rows that see the source: true and predicted rate of each
+    instruction, accuracy of the codes where a code is the label, accuracy over all classes, and the area under the
+    gate's ROC curve.
 
     Args:
         clear_weight: class weight of instruction tokens; saved with the model, since inference takes it off again.
@@ -106,8 +116,9 @@ class ClearEditTrainer(SupervisedTrainer):
     def __init__(self, model: InstructionModel, *, clear_weight: float, clear_head_lr: float | None = None, **kwargs):
         self.clear_head_lr = clear_head_lr
         super().__init__(model=model, instruction_weight=clear_weight, **kwargs)
-        codes = model.vocabulary.codebook_size
-        self.meters = {mode: GateMeter(codes, self.args.device, mode == "train") for mode in ("train", "eval")}
+        self.meters = {
+            mode: GateMeter(model.vocabulary, self.args.device, mode == "train") for mode in ("train", "eval")
+        }
 
     @property
     def clear_weight(self) -> float:
