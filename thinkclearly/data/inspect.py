@@ -117,7 +117,7 @@ def _measure(
             bar.update(len(batch["output_tokens"]))
             labels = torch.from_numpy(batch["output_tokens"])
             for name in dict.fromkeys((CLEAR, *vocabulary.names)):
-                share = vocabulary.says(labels, name).float().mean(-1).numpy()
+                share = vocabulary.says(labels, name).numpy().mean(-1)
                 add(**{"labels" if name == CLEAR else f"labels {name}": share})
             if not prepared:
                 continue
