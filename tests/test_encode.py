@@ -125,7 +125,7 @@ def test_another_codebook_is_refused(rows, golden, tmp_path):
 
 
 def test_what_another_layout_stored_is_not_found(rows, checkpoint, tmp_path, encoded_pictures):
-    for layout in (BOTH, Layout(FEATURES, read_both, key=("BLUR",))):
+    for layout in (BOTH, Layout(FEATURES, read_both, transforms={"BLUR": "its digest"})):
         encode(rows, checkpoint, tmp_path, layout)
     assert len(list(tmp_path.iterdir())) == 2 and len(encoded_pictures) == 2
 
