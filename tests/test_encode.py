@@ -137,6 +137,7 @@ def test_preparation_file(rows, encoded, checkpoint, tmp_path):
     assert len(info.pop("codebook_hash")) == 16
     assert info == {
         "codebook_size": K, "image_size": 96, "num_image_tokens": N, "dtype": "float32", "records": 6, "skipped": [],
+        "transforms": {},
     }  # fmt: skip
 
 
