@@ -107,7 +107,7 @@ def captioned_pictures(path: str | os.PathLike) -> datasets.Dataset:
     """
     try:
         table = datasets.load_dataset("imagefolder", data_dir=str(path), split="train")
-    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError) as error:
+    except FileNotFoundError as error:  # whichever of the library's kinds of it
         raise ValueError(f"{path}: no pictures here; expected pictures and a metadata.jsonl beside them.") from error
     if "text" not in table.column_names:
         raise ValueError(
