@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from data import GRID, IMAGE_SIZE, PATCH, TOKENS, Batch, batches, held_out
 from muon import Muon
 from safetensors.torch import load_file
-from thinkclearly.models.prompt import BOS, EOS, IMAGE, PAD, SPECIAL_TOKENS, SYSTEM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from tqdm import tqdm
@@ -29,8 +28,10 @@ from transformers import (
 )
 
 from thinkclearly.data.shapes import PALETTE, SHAPES, packaged_photos, random_edit
-from thinkclearly.models.janus.processor import JanusProcessor
-from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND
+from thinkclearly.models.janus.processor import BOS, EOS, IMAGE, PAD, SPECIAL_TOKENS, SYSTEM, JanusProcessor
+from thinkclearly.models.load import Checkpoint
+from thinkclearly.models.protocol import position_ids
+from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND, drawing, named_row
 
 HIDDEN, LAYERS, HEADS = 256, 6, 8
 CONTENTS = (1 + len(SHAPES), 1 + len(PALETTE))
@@ -46,7 +47,7 @@ class Stage:
     lr: float
     warmup: int
     decay: bool = False
-    conditions: tuple[float, float, float] = (0.90, 0.05, 0.05)  # full, part, uncond
+    conditions: tuple[float, float, float] = (0.90, 0.05, 0.05)  # full, no_source, uncond
     text_share: float = 1 / 12  # of text-to-image among the rows
     changed_weight: float = 3.0  # of tokens that the edit changes
     probes: float = 1.0  # weight of the probes' losses
@@ -151,7 +152,7 @@ class Probes(nn.Module):
         changed = (~batch.unchanged[full]).long().unsqueeze(-1)
         index = torch.arange(TOKENS)
         where = torch.stack([index // GRID, index % GRID], -1).expand(len(source), -1, -1)
-        slot = (prompt.source_slot[full, None] + index).unsqueeze(-1).expand(-1, -1, HIDDEN)
+        slot = (prompt.known_slots[full] + index).unsqueeze(-1).expand(-1, -1, HIDDEN)
         early, late, last = (states[i][full] for i in (2, 4, -1))
         read, out = early.gather(1, slot), slice(-TOKENS, None)
         weight = torch.where(changed[..., 0] > 0, 3.0, 1.0)
@@ -176,42 +177,44 @@ def reading(logits, sizes, labels, weight=None) -> torch.Tensor:
     return loss.mean() if weight is None else (loss * weight.flatten()).sum() / weight.sum()
 
 
-def token_loss(model, embeds, prompt, target):
+def token_loss(family, embeds, prompt, target):
     """Loss of every output token (B, N), and every layer's states (B, L, H)."""
-    embeds = torch.cat([embeds, token_embeddings(model, target[:, :-1])], dim=1)
+    embeds = torch.cat([embeds, family.embed_codes(target[:, :-1])], dim=1)
     mask = F.pad(prompt.attention_mask, (0, TOKENS - 1), value=1)
-    states = model.model.language_model(
+    states = family.language_model(
         inputs_embeds=embeds,
         attention_mask=mask,
-        position_ids=positions(mask),
+        position_ids=position_ids(mask),
         use_cache=False,
         output_hidden_states=True,
     ).hidden_states
-    logits = model.model.generation_head(states[-1][:, -TOKENS:])
-    loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
+    logits = family.code_logits(states[-1][:, -TOKENS:])
+    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
     return loss.view(target.shape), states
 
 
-def edit_loss(model, processor, probes, batch: Batch, conditions):
+def edit_loss(checkpoint: Checkpoint, probes, batch: Batch, conditions):
     """Loss of every token (B, N), where the target is the source, the probes' loss and the SigLIP tower's.
 
     By tokens an edit changes far more than its patches, since the tokenizer looks at the whole picture. The targets
     keep the source's code in every patch whose pixels did not change.
     """
-    source, target = encode_tokens(model, batch.pixels.flatten(0, 1)).view(len(batch), 2, -1).unbind(1)
+    family, pixels = checkpoint.token_model, batch.pixels.flatten(0, 1)
+    source, target = family.encode(pixels).view(len(batch), 2, -1).unbind(1)
     target = torch.where(batch.unchanged, source, target)
-    prompt = processor.edit_rows(batch.instructions, conditions)
-    features = image_features(model, batch.pixels.flatten(0, 1))  # the targets too: twice as much to learn to see
-    loss, states = token_loss(model, embed_prompt(model, prompt, features[::2], source), prompt, target)
-    full = torch.tensor(conditions) == FULL
-    seen = probes.vision(features, batch.contents.flatten(0, 1))
+    samples = [drawing(words, [i]) for i, words in enumerate(batch.instructions)]
+    prompt = checkpoint.processor.rows([*map(named_row, samples, conditions)])
+    features = family.see(pixels)  # of the targets, too: twice as much to learn to see
+    loss, states = token_loss(family, family.embed_prompt(prompt, features[::2], source), prompt, target)
+    full = torch.tensor([name == FULL for name in conditions])
+    seen = probes.vision(checkpoint.network.model.aligner(features), batch.contents.flatten(0, 1))
     return loss, source == target, probes.losses(states, prompt, batch, full), seen
 
 
-def picture_loss(model, processor, batch: Batch, conditions) -> torch.Tensor:
-    prompt = processor.generate_rows(batch.captions, conditions)
-    target = encode_tokens(model, batch.pixels[:, 0])
-    return token_loss(model, embed_prompt(model, prompt), prompt, target)[0]
+def picture_loss(checkpoint: Checkpoint, batch: Batch, conditions) -> torch.Tensor:
+    family = checkpoint.token_model
+    prompt = checkpoint.processor.rows([*map(named_row, map(drawing, batch.captions), conditions)])
+    return token_loss(family, family.embed_prompt(prompt), prompt, family.encode(batch.pixels[:, 0]))[0]
 
 
 def optimizers(model, probes, lr: float) -> list[torch.optim.Optimizer]:
@@ -225,10 +228,11 @@ def optimizers(model, probes, lr: float) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98)), Muon(matrices.values(), lr=lr)]
 
 
-def save(model, probes, processor, directory: Path) -> None:
+def save(checkpoint: Checkpoint, probes, directory: Path) -> None:
+    model = checkpoint.network
     state = {name: tensor.to(torch.bfloat16).clone() for name, tensor in model.state_dict().items()}
     model.save_pretrained(directory / "model", state_dict=state)
-    processor.save_pretrained(directory / "model")
+    checkpoint.processor.save_pretrained(directory / "model")
     torch.save(probes.state_dict(), directory / "probes.pt")
 
 
@@ -242,7 +246,7 @@ def train_language_model(stage: Stage, vq_config: JanusVQVAEConfig, directory: P
     if continued:
         model.load_state_dict(load_file(directory / "model" / "model.safetensors"))
         probes.load_state_dict(torch.load(directory / "probes.pt", weights_only=True))
-    processor = JanusProcessor(tokenizer, IMAGE_SIZE, TOKENS)
+    checkpoint = Checkpoint(model, JanusProcessor(tokenizer, IMAGE_SIZE, TOKENS))
     steppers = optimizers(model, probes, stage.lr)
     data, test = batches(stage.seed, stage.batch), held_out()
     texts = round(stage.batch * stage.text_share)
@@ -253,8 +257,8 @@ def train_language_model(stage: Stage, vq_config: JanusVQVAEConfig, directory: P
         conditions = rng.choice([FULL, NO_SOURCE, UNCOND], stage.batch - texts, p=stage.conditions).tolist()
         text_conditions = rng.choice([FULL, UNCOND], texts, p=[0.9, 0.1]).tolist()
         with torch.autocast("cpu", torch.bfloat16):
-            loss, same, readings, seen = edit_loss(model, processor, probes, rows.rows(texts), conditions)
-            text_loss = picture_loss(model, processor, rows.rows(0, texts), text_conditions)
+            loss, same, readings, seen = edit_loss(checkpoint, probes, rows.rows(texts), conditions)
+            text_loss = picture_loss(checkpoint, rows.rows(0, texts), text_conditions)
         weight = torch.where(same, 1.0, stage.changed_weight)
         share = texts / stage.batch
         codes = (1 - share) * (loss * weight).sum() / weight.sum() + share * text_loss.mean()
@@ -266,11 +270,11 @@ def train_language_model(stage: Stage, vq_config: JanusVQVAEConfig, directory: P
             optimizer.zero_grad()
         if (step + 1) % 250 == 0 or step + 1 == stage.steps:
             with torch.no_grad():
-                loss, same, readings, seen = edit_loss(model, processor, probes, test, [FULL] * len(test))
+                loss, same, readings, seen = edit_loss(checkpoint, probes, test, [FULL] * len(test))
             local = torch.tensor([(~s).float().mean() < 0.5 for s in same])
             bar.write(
                 f"step {step + 1}: held-out loss where the source stays {loss[same].mean():.3f}, where it changes "
                 f"{loss[~same].mean():.3f} ({loss[local][~same[local]].mean():.3f} in local edits), "
                 f"probes {readings:.3f}, vision {seen:.3f}"
             )
-            save(model, probes, processor, directory)
+            save(checkpoint, probes, directory)
