@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from thinkclearly.colour import seen
+from thinkclearly.decoding import cache
 from thinkclearly.decoding.engine import Decoded
 from thinkclearly.editing.batch import edit_items
 from thinkclearly.editing.editor import Editor
@@ -180,7 +181,8 @@ def test_every_pixel_that_the_mask_calls_clear_is_the_source_s(editor, size, mod
     ids = torch.where(torch.from_numpy(rng.random(n) < share), editor.model.clear_config.codebook_size, codes)
     decoded = Decoded(ids[None], codes[None], codes[None], torch.zeros(1, n), 1, [[n]])
     drawn = Image.fromarray(rng.integers(0, 256, (box.size, box.size, 3), np.uint8))
-    result = editor._result(0, 0, decoded, codes, drawn, None, source, box, EditSettings(**asked))
+    original = editor._original(source, box, codes)
+    result = editor._result(0, 0, decoded, codes, drawn, None, original, EditSettings(**asked))
     clear, before, after = np.asarray(result.mask) > 127, np.asarray(picture), np.asarray(result.image)
     assert np.array_equal(after[clear], before[clear]) and result.clear_fraction == clear.mean()
     assert result.image.mode == mode and result.image.info.get("icc_profile") == profile
@@ -426,6 +428,11 @@ def test_a_seed_that_cannot_key_noise_is_refused_wherever_one_enters(editor, pic
     assert not (tmp_path / "out").exists() and not session.history
 
 
+def forget_prefixes():
+    """What is kept of the row that tells nothing, as in a new process."""
+    cache._PREFIXES.clear()
+
+
 @pytest.fixture
 def widths(editor):
     """Rows of the batch in each pass of the language model."""
@@ -438,8 +445,11 @@ def widths(editor):
 
 
 def test_a_prompt_is_read_once_for_all_its_samples(editor, pictures, bias, widths):
-    editor.edit_many(pictures[:2], INSTRUCTIONS[:2], num_images=4, clear_bias=bias)
-    assert widths[:2] == [2 * 3, 2 * 3 * 4]
+    forget_prefixes()
+    for told in (3, 2):  # the row that tells nothing is read in the first call alone
+        widths.clear()
+        editor.edit_many(pictures[:2], INSTRUCTIONS[:2], num_images=4, clear_bias=bias)
+        assert widths[:2] == [2 * told, 2 * 3 * 4]
 
 
 @pytest.mark.parametrize(
@@ -448,8 +458,36 @@ def test_a_prompt_is_read_once_for_all_its_samples(editor, pictures, bias, width
     ids=str,
 )
 def test_guidance_rows_without_weight_are_not_decoded(editor, pictures, bias, widths, settings, rows):
+    forget_prefixes()
     editor.edit(pictures[0], INSTRUCTIONS[0], clear_bias=bias, **settings)
     assert set(widths) == {rows}
+
+
+def test_the_row_that_tells_nothing_is_kept_while_the_weights_are_the_same(editor, pictures, bias, widths):
+    language_model = editor.model.token_model.language_model
+    words = ["Night.", "Make it a very long and cold night, with snow on every roof.", "Day."]
+    fresh = []
+    for instruction in words:
+        forget_prefixes()
+        fresh.append(editor.edit(pictures[0], instruction, clear_bias=bias, seed=3))
+    for instruction, expected in zip(words[::-1], fresh[::-1]):  # shorter and longer ones than what is kept
+        found = editor.edit(pictures[0], instruction, clear_bias=bias, seed=3)
+        assert torch.equal(found.class_ids, expected.class_ids)
+
+    def rows_read():
+        widths.clear()
+        editor.edit(pictures[0], words[0], clear_bias=bias, seed=3)
+        return widths[0]
+
+    assert rows_read() == 2
+    weight = language_model.norm.weight
+    with torch.no_grad():
+        weight.mul_(1.0)
+    assert rows_read() == 3 and rows_read() == 2, "a weight that was written in place"
+    old, language_model.norm.weight = weight, torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+    assert rows_read() == 3 and rows_read() == 2, "a weight that was replaced"
+    language_model.norm.weight = old
+    assert rows_read() == 3
 
 
 def test_finished_pictures_leave_the_batch(editor, pictures, sizes, widths):
@@ -461,6 +499,6 @@ def test_finished_pictures_leave_the_batch(editor, pictures, sizes, widths):
     bias = 1e4 - (lowest[-1] + lowest[-2]) / 2  # copies the whole of one picture only
     results = editor.edit_many(pictures, ["Night."] * 3, clear_bias=bias, **options)
     assert sorted(r.clear_fraction == 1 for r in results) == [False, False, True]
-    assert widths[0] == 9 and widths[-1] < 9
+    assert max(widths) == 9 and widths[-1] < 9
     alone = [editor.edit(picture, "Night.", clear_bias=bias, **options) for picture in pictures]
     assert all(torch.equal(a.class_ids, b.class_ids) for a, b in zip(alone, results))

@@ -11,13 +11,10 @@ pytest.importorskip("bitsandbytes")
 from thinkclearly import cli, load_editor  # noqa: E402
 from thinkclearly.data.shapes import packaged_photos, random_edit  # noqa: E402
 from thinkclearly.images import Letterbox  # noqa: E402
-from thinkclearly.models.janus.checkpoint import encode_tokens, image_features, load_checkpoint  # noqa: E402
+from thinkclearly.models.finetunes import TINY_CLEAR, load_clear_model  # noqa: E402
+from thinkclearly.models.load import load_checkpoint, token_model  # noqa: E402
 from thinkclearly.models.quantization import quantization  # noqa: E402
 from thinkclearly.sequence import Row, drawing  # noqa: E402
-from thinkclearly.training.adapters import (
-    TINY_CLEAR,  # noqa: E402
-    load_clear_model,  # noqa: E402
-)
 
 
 def layers_below(model, kind):
@@ -34,8 +31,9 @@ def test_towers_and_heads_stay_what_they_were(bits, kind):
     by_dict = load_checkpoint("tiny", quantization_config={f"load_in_{bits}bit": True}).network
     assert layers_below(by_dict, kind) == linear
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert torch.equal(encode_tokens(model, pixels), encode_tokens(plain, pixels))
-    assert torch.equal(image_features(model, pixels), image_features(plain, pixels))
+    assert torch.equal(token_model(model).encode(pixels), token_model(plain).encode(pixels))
+    features = [network.model.get_image_features(pixels).pooler_output for network in (model, plain)]
+    assert torch.equal(*features)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -128,6 +128,7 @@ class _Prefix:
     layers: list[tuple[torch.Tensor, torch.Tensor]]
     embeds: torch.Tensor
     state: tuple
+    weights: list[ref]  # of the parameters: a new one may come to lie where an old one was
 
 
 # The row that tells nothing is BOS, then padding: a shorter one is the beginning of a longer one, and it depends on
@@ -140,6 +141,8 @@ def kept_prefix(language_model: PreTrainedModel, embeds: torch.Tensor) -> _Prefi
     found = _PREFIXES.get(language_model)
     if found is None or len(found.embeds) < len(embeds) or found.state != _weights_state(language_model):
         return None
+    if any(kept() is not weight for kept, weight in zip(found.weights, language_model.parameters())):
+        return None
     same = found.embeds.device == embeds.device and found.embeds.dtype == embeds.dtype
     return found if same and torch.equal(found.embeds[: len(embeds)], embeds) else None
 
@@ -148,7 +151,9 @@ def keep_prefix(language_model: PreTrainedModel, cache: BlockCache, row: int, st
     """Keeps what `cache` holds of a row from slot `start` on, the keys and values of `embeds` (n, H)."""
     slots = slice(start, start + len(embeds))
     layers = [(layer.keys[row, :, slots].clone(), layer.values[row, :, slots].clone()) for layer in cache.layers]
-    _PREFIXES[language_model] = _Prefix(layers, embeds.clone(), _weights_state(language_model))
+    _PREFIXES[language_model] = _Prefix(
+        layers, embeds.clone(), _weights_state(language_model), [ref(p) for p in language_model.parameters()]
+    )
 
 
 def write_prefix(cache: BlockCache, prefix: _Prefix, row: int, start: int, length: int) -> None:
