@@ -28,12 +28,13 @@ from transformers import (
 )
 
 from thinkclearly.data.shapes import PALETTE, SHAPES, packaged_photos, random_edit
-from thinkclearly.models.janus.processor import BOS, EOS, IMAGE, PAD, SPECIAL_TOKENS, SYSTEM, JanusProcessor
+from thinkclearly.models.janus.processor import BOS, EOS, IMAGE, PAD, ROLES, SPECIAL_TOKENS, SYSTEM, JanusProcessor
 from thinkclearly.models.load import Checkpoint
 from thinkclearly.models.protocol import position_ids
 from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND, drawing, named_row
 
 HIDDEN, LAYERS, HEADS = 256, 6, 8
+SPECIAL = (*SPECIAL_TOKENS, *ROLES["deepseek"])
 CONTENTS = (1 + len(SHAPES), 1 + len(PALETTE))
 
 
@@ -73,7 +74,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = {"vocab_size": 512, "special_tokens": list(SPECIAL_TOKENS), "initial_alphabet": alphabet}
+    options = {"vocab_size": 512, "special_tokens": list(SPECIAL), "initial_alphabet": alphabet}
     tokenizer.train_from_iterator(text, trainers.BpeTrainer(show_progress=False, **options))
     bos = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
@@ -82,7 +83,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
-        extra_special_tokens=[t for t in SPECIAL_TOKENS if t not in (BOS, EOS, PAD)],
+        extra_special_tokens=[t for t in SPECIAL if t not in (BOS, EOS, PAD)],
     )
 
 
