@@ -14,7 +14,7 @@ from thinkclearly.data.sources import photos_of
 from thinkclearly.demo import photo_edits
 from thinkclearly.evaluation.edits import evaluate_edits
 from thinkclearly.evaluation.pictures import heat_map, sheet
-from thinkclearly.training.adapters import TINY_CLEAR
+from thinkclearly.models.finetunes import TINY_CLEAR
 
 COUNT, CELL = 40, 320
 pairs = photo_edits(COUNT, photos_of("test"))

@@ -22,7 +22,7 @@ class DecodeSettings:
         "factorised: the full row alone decides on copying, guidance acts on codes; joint: the original's formula.",
     )
     cfg_weight: float = option(5.0, "Guidance weight w in u + w(c - u); see decoding/guidance.py.")
-    cfg_weight2: float = option(5.0, "Weight of the part row (no source codes) against the full row.")
+    cfg_weight2: float = option(5.0, "Weight of the no_source row (no source codes) against the full row.")
     prefer: str = option(
         "balanced",
         "edit: copy only where unchanged is 10 times as likely (no holes in edits); exact: the other way round.",
