@@ -139,7 +139,8 @@ _PREFIXES: WeakKeyDictionary[PreTrainedModel, _Prefix] = WeakKeyDictionary()
 def kept_prefix(language_model: PreTrainedModel, embeds: torch.Tensor) -> _Prefix | None:
     """What is kept of a row that begins like `embeds` (n, H), if it is long enough and the weights are the same."""
     found = _PREFIXES.get(language_model)
-    if found is None or len(found.embeds) < len(embeds) or found.state != _weights_state(language_model):
+    state = _weights_state(language_model)
+    if found is None or state is None or len(found.embeds) < len(embeds) or found.state != state:
         return None
     if any(kept() is not weight for kept, weight in zip(found.weights, language_model.parameters())):
         return None
@@ -149,10 +150,12 @@ def kept_prefix(language_model: PreTrainedModel, embeds: torch.Tensor) -> _Prefi
 
 def keep_prefix(language_model: PreTrainedModel, cache: BlockCache, row: int, start: int, embeds: torch.Tensor):
     """Keeps what `cache` holds of a row from slot `start` on, the keys and values of `embeds` (n, H)."""
+    if (state := _weights_state(language_model)) is None:
+        return
     slots = slice(start, start + len(embeds))
     layers = [(layer.keys[row, :, slots].clone(), layer.values[row, :, slots].clone()) for layer in cache.layers]
     _PREFIXES[language_model] = _Prefix(
-        layers, embeds.clone(), _weights_state(language_model), [ref(p) for p in language_model.parameters()]
+        layers, embeds.clone(), state, [ref(p) for p in language_model.parameters()]
     )
 
 
@@ -163,8 +166,13 @@ def write_prefix(cache: BlockCache, prefix: _Prefix, row: int, start: int, lengt
         layer.keys[row, :, slots], layer.values[row, :, slots] = keys[:, :length], values[:, :length]
 
 
-def _weights_state(language_model: PreTrainedModel) -> tuple:
-    """Changes whenever a weight is written or replaced, or an adapter is merged, switched or turned off."""
+def _weights_state(language_model: PreTrainedModel) -> tuple | None:
+    """Changes whenever a weight is written or replaced, or an adapter is merged, switched or turned off.
+
+    None where that cannot be told: weights that come and go with the layers, or were made in inference mode.
+    """
+    if any(p.is_meta or p.is_inference() for p in language_model.parameters()):
+        return None
     adapters = [
         (tuple(m.merged_adapters), tuple(m.active_adapters), m.disable_adapters)
         for m in language_model.modules()

@@ -298,7 +298,7 @@ def pipeline_config(base_config: dict) -> dict:
     """
     impl = f"{PIPELINE_FILE.removesuffix('.py')}.ClearEditPipeline"
     pipelines = {"clear-edit": {"impl": impl, "pt": [], "type": "multimodal"}}
-    return {**base_config, "architectures": ["InstructionModel"], "custom_pipelines": pipelines}
+    return {**base_config, "architectures": ["ClearEditModel"], "custom_pipelines": pipelines}
 
 
 def merge(directory: Path, folder: Path, layout: str, dtype: torch.dtype, max_shard_size: str) -> None:

@@ -198,11 +198,8 @@ def native_config(config: dict, shapes: dict[str, tuple[int, ...]], source: str)
     )
 
 
-def check_family(config: dict, source: str) -> None:
-    """Raises `ValueError` for a `config.json` of DeepSeek's that is not a Janus model with codebook tokens.
-
-    JanusFlow and deepseek-vl have the same `model_type`. A tower or projector that native Janus does not have, too.
-    """
+def check_name(config: dict, source: str) -> None:
+    """Raises `ValueError` for JanusFlow and deepseek-vl, which have the same `model_type` as Janus."""
     if flow := sorted({"vision_und_enc_config", "vision_gen_enc_config", "vision_gen_dec_config"} & set(config)):
         raise ValueError(
             f"{source} is a JanusFlow checkpoint (its config.json has {', '.join(flow)}): it makes images with a "
@@ -215,8 +212,16 @@ def check_family(config: dict, source: str) -> None:
             "gen_head_config): it looks at pictures but cannot make any. Use a Janus, Janus-Pro or Janus-4o "
             "checkpoint."
         )
+
+
+def check_family(config: dict, source: str) -> None:
+    """Raises `ValueError` for a `config.json` of DeepSeek's that is not a Janus model with codebook tokens.
+
+    JanusFlow and deepseek-vl have the same `model_type`. A tower or projector that native Janus does not have, too.
+    """
+    check_name(config, source)
     parts = ("vision_config", "aligner_config", "gen_vision_config", "gen_aligner_config", "gen_head_config")
-    if missing := [part for part in (*parts, "language_config") if part not in config]:
+    if missing := [part for part in (*parts, "language_config") if not isinstance(config.get(part), dict)]:
         raise ValueError(f"{source}/config.json lacks {', '.join(missing)}; DeepSeek's Janus layout has them all.")
     vision = config["vision_config"].get("params", {})
     if not str(vision.get("model_name", "siglip")).startswith("siglip"):

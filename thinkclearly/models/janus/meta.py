@@ -41,7 +41,7 @@ def empty_janus(name_or_path: str, revision: str | None = None) -> JanusForCondi
     config = read_config(path, CONFIG_NAMES)
     check_sizes(config, path)
     if config.get("model_type") == "multi_modality":
-        deepseek.check_family(config, str(path.parent))
+        deepseek.check_name(config, str(path.parent))
     with config_errors(path.parent):
         native = JanusConfig.from_dict(config) if config.get("model_type") == "janus" else _native(config, path.parent)
         with torch.device("meta"):
