@@ -90,8 +90,9 @@ def table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         cells = [format_number(row["mean"][name], form) for name, (_, form) in COLUMNS.items()]
-        lines.append([label(row), str(row["edits"]), *cells])
-    return markdown_table(["", "edits", *HEADS], lines)
+        unchanged = 1 - row["mean"]["changed"]
+        lines.append([label(row), str(row["edits"]), f"{2 * unchanged / (1 + unchanged):.3f}", *cells])
+    return markdown_table(["", "edits", "F1 of always CLEAR", *HEADS], lines)
 
 
 def markdown(rows: list[dict], extra: dict) -> str:
