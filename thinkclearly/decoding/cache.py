@@ -154,9 +154,7 @@ def keep_prefix(language_model: PreTrainedModel, cache: BlockCache, row: int, st
         return
     slots = slice(start, start + len(embeds))
     layers = [(layer.keys[row, :, slots].clone(), layer.values[row, :, slots].clone()) for layer in cache.layers]
-    _PREFIXES[language_model] = _Prefix(
-        layers, embeds.clone(), state, [ref(p) for p in language_model.parameters()]
-    )
+    _PREFIXES[language_model] = _Prefix(layers, embeds.clone(), state, [ref(p) for p in language_model.parameters()])
 
 
 def write_prefix(cache: BlockCache, prefix: _Prefix, row: int, start: int, length: int) -> None:
