@@ -74,8 +74,8 @@ def reference_edit(editor: Editor, picture: Image.Image, instruction: str, names
 def edit_rows(editor: Editor, edits: list[tuple[Image.Image, str]]) -> dict[str, Callable[[], Run]]:
     """The given edits, one after the other: by the reference loop, and by each of `DECODERS`.
 
-    The reference decodes three guidance rows, as the originals do, also where the no_source row's weight is 0. There it
-    comes a second time with the two rows that ours decodes.
+    The reference decodes three guidance rows, as the originals do, also where the no_source row's weight is 0. There
+    it comes a second time with the two rows that ours decodes.
     """
 
     def ours(settings: dict) -> Run:
