@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration
 
-from thinkclearly.models.janus.checkpoint import export_deepseek, from_deepseek, load_janus
+from thinkclearly.models.janus.checkpoint import from_deepseek, load_janus
+from thinkclearly.models.janus.export import export_deepseek
 from thinkclearly.models.weight_files import find_weights
 
 
@@ -134,7 +135,7 @@ def fake_hub(monkeypatch, repository, cache):
             shutil.copy(repository / file, cache / file)
         return str(cache)
 
-    monkeypatch.setattr("thinkclearly.models.janus.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("thinkclearly.models.janus.folder.snapshot_download", download)
 
 
 @pytest.mark.parametrize("kind", ("safetensors", "both", "bin"))
@@ -155,7 +156,7 @@ def test_unreachable_hub_id(monkeypatch):
     def download(*_, **__):
         raise LocalEntryNotFoundError("offline")
 
-    monkeypatch.setattr("thinkclearly.models.janus.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("thinkclearly.models.janus.folder.snapshot_download", download)
     with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub repository"):
         load_janus("outputs/misspelt")
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
 from thinkclearly.models.janus import deepseek
-from thinkclearly.models.janus.checkpoint import export_deepseek, from_deepseek, load_janus
+from thinkclearly.models.janus.checkpoint import from_deepseek, load_janus
+from thinkclearly.models.janus.export import export_deepseek
 
 pytestmark = pytest.mark.golden
 TOLERANCE = {"rtol": 0, "atol": 1e-4}

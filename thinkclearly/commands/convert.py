@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from thinkclearly.models.janus.checkpoint import export_deepseek
+    from thinkclearly.models.janus.export import export_deepseek
     from thinkclearly.models.load import load_checkpoint
 
     checkpoint = load_checkpoint(arguments.model, weights=arguments.weights, dtype=getattr(torch, arguments.dtype))

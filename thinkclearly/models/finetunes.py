@@ -22,7 +22,8 @@ from thinkclearly.models.instruction_head import (
     read_base_name,
     read_clear_config,
 )
-from thinkclearly.models.janus.checkpoint import TINY, load_janus, offloaded, resolve
+from thinkclearly.models.janus.checkpoint import load_janus, offloaded
+from thinkclearly.models.janus.folder import TINY, resolve
 from thinkclearly.models.janus.original_finetune import (
     check_original_base,
     is_original_finetune,

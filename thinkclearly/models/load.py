@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from thinkclearly.models.janus.checkpoint import TINY, load_janus, read_janus_config
+from thinkclearly.models.janus.checkpoint import load_janus
+from thinkclearly.models.janus.folder import TINY, read_janus_config
 from thinkclearly.models.janus.meta import empty_janus
 from thinkclearly.models.janus.model import Janus
 from thinkclearly.models.janus.processor import JanusProcessor

@@ -1,36 +1,24 @@
-"""Janus checkpoints in and out: native folders, DeepSeek's layout, and a DeepSeek model already in memory.
+"""Janus checkpoints in: native folders, DeepSeek's layout, and a DeepSeek model already in memory.
 
 Everything becomes transformers' own `JanusForConditionalGeneration`, with three rules that the native classes lack:
 the image tokenizer stays in float32 whatever the dtype (its ids depend on it), its codebook rows have unit length
 (native encoding does not normalise them, DeepSeek's does), and no weight is ever left random.
 """
 
-import copy
 import json
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration
 
-from thinkclearly.models.config_files import (
-    CONFIG_NAMES,
-    check_claims,
-    check_sizes,
-    config_errors,
-    read_config,
-    read_json,
-)
+from thinkclearly.models.config_files import check_claims, config_errors
 from thinkclearly.models.janus import deepseek
+from thinkclearly.models.janus.folder import check_adapter, read_if_there, read_janus_config, resolve
 from thinkclearly.models.quantization import spare
 from thinkclearly.models.weight_files import find_weights, open_weights
 
@@ -39,11 +27,6 @@ logger = logging.getLogger(__name__)
 # What quantization leaves alone, all but the language model, by whole names: transformers matches from their start.
 _PARTS = ("vision_model", "aligner", "vqmodel", "generation_embeddings", "generation_aligner", "generation_head")
 _SPARED = [*(f"model.{part}" for part in _PARTS), "lm_head"]
-TINY = Path(__file__).parents[2] / "tiny_janus"  # ships with this package
-
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-_PROCESSOR_FILES = {"preprocessor_config.json": "image_processor_type", "processor_config.json": "processor_class"}
-_CODEBOOK_USED = 65536  # length of a usage buffer which DeepSeek's strict loading expects
 
 
 def load_janus(
@@ -105,7 +88,7 @@ def load_janus(
         if not any(folder.glob("*.safetensors")):
             folder = resolve(name_or_path, revision, token, ["*.bin"])
     if weights is None:
-        _check_adapter(folder, model_type)
+        check_adapter(folder, model_type)
     if model_type == "janus":
         check_claims(folder, config)
         model = _load_native(
@@ -127,43 +110,6 @@ def load_janus(
     return model
 
 
-def read_janus_config(
-    name_or_path: str | os.PathLike, revision: str | None = None, token: str | None = None
-) -> tuple[Path, dict]:
-    """The folder with a checkpoint's small files, and its `config.json`; errors as in [`load_janus`]."""
-    folder = resolve(name_or_path, revision, token, ("*.json", *_TOKENIZER_FILES))
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; expected a Janus checkpoint, native or DeepSeek's.")
-    config = read_config(folder / "config.json", CONFIG_NAMES)
-    model_type = config.get("model_type")
-    if model_type not in ("janus", "multi_modality"):
-        raise ValueError(
-            f"{folder / 'config.json'} has model_type {model_type!r}; expected 'janus' (native) or 'multi_modality' "
-            "(DeepSeek's Janus, Janus-Pro, Janus-4o)."
-        )
-    if model_type == "multi_modality":
-        deepseek.check_family(config, str(folder))
-    check_sizes(config, folder / "config.json")
-    return folder, config
-
-
-def _check_adapter(folder: Path, model_type: str) -> None:
-    """An adapter beside whole weights must not be passed over; its settings alone say nothing."""
-    if not (folder / "adapter_config.json").is_file():
-        return
-    if found := [file.name for file in folder.glob("adapter_model*")]:
-        raise ValueError(
-            f"{folder} holds whole weights and an adapter ({found[0]}): which of the two is meant cannot be told. "
-            "Move the adapter_* files to a folder of their own, or remove them."
-        )
-    if model_type == "janus":
-        raise ValueError(
-            f"{folder} has an adapter_config.json, but no adapter beside it; transformers would look for one. Remove "
-            "that file."
-        )
-    logger.info("%s has an adapter_config.json, but no adapter: loading the whole weights beside it.", folder)
-
-
 def from_deepseek(model: nn.Module) -> JanusForConditionalGeneration:
     """A native copy of a DeepSeek `MultiModalityCausalLM` in memory, of its dtype and on its device.
 
@@ -181,120 +127,6 @@ def from_deepseek(model: nn.Module) -> JanusForConditionalGeneration:
     )
     like = next((tensor for key, tensor in state.items() if key.startswith("language_model.")), torch.empty(0))
     return _convert(config, shapes, state.items(), "the model", like.dtype, like.device, None)
-
-
-def export_deepseek(
-    model: JanusForConditionalGeneration,
-    directory: str | os.PathLike,
-    processor_source: str | os.PathLike | None = None,
-    max_shard_size: int | str = "5GB",
-) -> Path:
-    """Writes a native model in DeepSeek's layout: `config.json`, processor files and safetensors shards.
-
-    Loading the result gives the same native weights bit by bit. DeepSeek's classes load it too, but for SigLIP's
-    pooling head (`attn_pool`), which Janus never uses and native checkpoints do not have: pass them `strict=False`.
-
-    Args:
-        model (`JanusForConditionalGeneration`): the model; adapters merged, not quantised.
-        directory (`str` or `os.PathLike`): a new or empty folder. It appears under this name only when complete.
-        processor_source (`str` or `os.PathLike`, *optional*): folder or Hub id from which the tokenizer files are
-            copied, and the processor files if they are DeepSeek's.
-        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): largest weight file.
-
-    Returns:
-        `Path`: the folder.
-
-    Raises:
-        TypeError: not a native Janus model. ValueError: a quantised one. FileExistsError: the folder is not empty.
-    """
-    if not isinstance(model, JanusForConditionalGeneration):
-        raise TypeError(
-            f"Expected a JanusForConditionalGeneration, got {type(model).__name__}. Merge adapters first "
-            "(`merge_and_unload`)."
-        )
-    state = model.state_dict()
-    with torch.device("meta"):
-        plain = JanusForConditionalGeneration(copy.deepcopy(model.config)).state_dict()
-    if getattr(model, "is_quantized", False) or state.keys() != plain.keys():
-        raise ValueError(
-            "The model is quantised or has adapters in it, which DeepSeek's layout cannot hold (other than plain: "
-            f"{', '.join(sorted(state.keys() ^ plain.keys())[:3]) or 'dtypes'}). Load it unquantised and merge the "
-            "adapters."
-        )
-    groups: dict[str, list[str]] = {}
-    for key in state:
-        groups.setdefault(deepseek.deepseek_key(key), []).append(key)
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not an empty folder; give another one or remove it.")
-
-    def tensor(key, device=None):
-        if key not in groups:
-            return torch.zeros(_CODEBOOK_USED, device=device)
-        return deepseek.to_deepseek(key, [state[name].detach().to(device or "cpu") for name in groups[key]])
-
-    keys = sorted([*groups, "gen_vision_model.quantize.codebook_used"])
-    plan = split_torch_state_dict_into_shards(
-        {key: tensor(key, "meta") for key in keys}, max_shard_size=max_shard_size
-    )
-    files = deepseek.processor_configs(model.config)
-    files["config.json"] = deepseek.deepseek_config(model.config, model.lm_head.weight.dtype)
-    if plan.is_sharded:
-        files["model.safetensors.index.json"] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        for name, content in files.items():
-            (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if processor_source is not None:
-            _copy_processor(resolve(processor_source, patterns=("*.json", *_TOKENIZER_FILES)), partial)
-        for name, members in plan.filename_to_tensors.items():
-            # clone: safetensors refuses tensors that share memory, as a tied head does
-            save_file({key: tensor(key).contiguous().clone() for key in members}, partial / name, {"format": "pt"})
-        partial.chmod(0o755)
-        os.replace(partial, directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    logger.info("Wrote %d tensors in DeepSeek's layout to %s", len(keys), directory)
-    return directory
-
-
-def _copy_processor(source: Path, target: Path):
-    for pattern in _TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            shutil.copy(file, target / file.name)
-    for name, field in _PROCESSOR_FILES.items():
-        if (source / name).is_file() and str(_read_json(source / name).get(field)).startswith("VL"):
-            shutil.copy(source / name, target / name)
-
-
-def resolve(
-    name_or_path: str | Path,
-    revision: str | None = None,
-    token: str | None = None,
-    patterns: Iterable[str] | None = None,
-) -> Path:
-    """A folder as it is; of a Hub id the cached files (those of `patterns`) that do not lie in folders of their own.
-
-    Raises:
-        FileNotFoundError: neither, or the Hub cannot be asked.
-    """
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    options = {"revision": revision, "token": token, "allow_patterns": patterns and list(patterns)}
-    try:  # checkpoints with their optimizer states, samples and the like lie in folders
-        return Path(snapshot_download(str(name_or_path), ignore_patterns=["*/*"], **options))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{name_or_path} is neither a folder nor a Hub repository that can be read now; check the name, the token "
-            "and the connection."
-        ) from error
-
-
-def _read_json(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
 
 
 # ---- native ------------------------------------------------------------------------------------------------------
@@ -431,26 +263,29 @@ def _raise_problems(source: str, problems: dict[str, list[str]]):
 
 def _set_special_ids(model: JanusForConditionalGeneration, folder: Path):
     """Ids differ between checkpoints: they come from the tokenizer files by string; native `generate` needs them."""
-    tokenizer, tokenizer_config = _read_json(folder / "tokenizer.json"), _read_json(folder / "tokenizer_config.json")
+    tokenizer, tokenizer_config = (
+        read_if_there(folder / "tokenizer.json"),
+        read_if_there(folder / "tokenizer_config.json"),
+    )
     ids = {item["content"]: int(i) for i, item in tokenizer_config.get("added_tokens_decoder", {}).items()}
     ids |= {item["content"]: item["id"] for item in tokenizer.get("added_tokens", [])}
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, dict):
         ids = vocabulary | ids
     if not ids:
-        if "image_token_id" not in _read_json(folder / "config.json"):
+        if "image_token_id" not in read_if_there(folder / "config.json"):
             logger.warning(
                 "%s has no tokenizer files: image_token_id is a guess, %d.", folder, model.config.image_token_id
             )
         return
-    tag = _read_json(folder / "processor_config.json").get("image_tag", deepseek.IMAGE_TAG)
+    tag = read_if_there(folder / "processor_config.json").get("image_tag", deepseek.IMAGE_TAG)
     if tag not in ids:
         raise ValueError(f"The tokenizer in {folder} has no token {tag!r}; a Janus tokenizer must have it.")
     model.config.image_token_id = ids[tag]
 
     generation = model.generation_config
     for name in ("bos", "eos", "pad"):
-        text = tokenizer_config.get(f"{name}_token") or _read_json(folder / "special_tokens_map.json").get(
+        text = tokenizer_config.get(f"{name}_token") or read_if_there(folder / "special_tokens_map.json").get(
             f"{name}_token"
         )
         text = text["content"] if isinstance(text, dict) else text

@@ -223,6 +223,11 @@ def check_family(config: dict, source: str) -> None:
     parts = ("vision_config", "aligner_config", "gen_vision_config", "gen_aligner_config", "gen_head_config")
     if missing := [part for part in (*parts, "language_config") if not isinstance(config.get(part), dict)]:
         raise ValueError(f"{source}/config.json lacks {', '.join(missing)}; DeepSeek's Janus layout has them all.")
+    for part in parts:
+        if not isinstance(params := config[part].get("params", {}), dict):
+            raise ValueError(
+                f"{source}/config.json: params of {part} is {params!r:.60}; expected a table. Get it again."
+            )
     vision = config["vision_config"].get("params", {})
     if not str(vision.get("model_name", "siglip")).startswith("siglip"):
         raise ValueError(

@@ -13,7 +13,7 @@ from transformers import JanusConfig, JanusForConditionalGeneration, LlamaConfig
 
 from thinkclearly.models.config_files import CONFIG_NAMES, check_sizes, config_errors, read_config
 from thinkclearly.models.janus import deepseek
-from thinkclearly.models.janus.checkpoint import TINY
+from thinkclearly.models.janus.folder import TINY
 from thinkclearly.models.weight_files import find_weights, open_weights
 
 

@@ -1,0 +1,81 @@
+"""Where a Janus checkpoint's files lie, and whether its `config.json` is one of ours. Knows no weights."""
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from thinkclearly.models.config_files import CONFIG_NAMES, check_sizes, read_config, read_json
+from thinkclearly.models.janus import deepseek
+
+logger = logging.getLogger(__name__)
+
+TINY = Path(__file__).parents[2] / "tiny_janus"  # ships with this package
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+
+
+def resolve(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    patterns: Iterable[str] | None = None,
+) -> Path:
+    """A folder as it is; of a Hub id the cached files (those of `patterns`) that do not lie in folders of their own.
+
+    Raises:
+        FileNotFoundError: neither, or the Hub cannot be asked.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    options = {"revision": revision, "token": token, "allow_patterns": patterns and list(patterns)}
+    try:  # checkpoints with their optimizer states, samples and the like lie in folders
+        return Path(snapshot_download(str(name_or_path), ignore_patterns=["*/*"], **options))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{name_or_path} is neither a folder nor a Hub repository that can be read now; check the name, the token "
+            "and the connection."
+        ) from error
+
+
+def read_janus_config(
+    name_or_path: str | os.PathLike, revision: str | None = None, token: str | None = None
+) -> tuple[Path, dict]:
+    """The folder with a checkpoint's small files, and its `config.json`; errors as in `load_janus`."""
+    folder = resolve(name_or_path, revision, token, ("*.json", *TOKENIZER_FILES))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; expected a Janus checkpoint, native or DeepSeek's.")
+    config = read_config(folder / "config.json", CONFIG_NAMES)
+    model_type = config.get("model_type")
+    if model_type not in ("janus", "multi_modality"):
+        raise ValueError(
+            f"{folder / 'config.json'} has model_type {model_type!r}; expected 'janus' (native) or 'multi_modality' "
+            "(DeepSeek's Janus, Janus-Pro, Janus-4o)."
+        )
+    if model_type == "multi_modality":
+        deepseek.check_family(config, str(folder))
+    check_sizes(config, folder / "config.json")
+    return folder, config
+
+
+def check_adapter(folder: Path, model_type: str) -> None:
+    """An adapter beside whole weights must not be passed over; its settings alone say nothing."""
+    if not (folder / "adapter_config.json").is_file():
+        return
+    if found := [file.name for file in folder.glob("adapter_model*")]:
+        raise ValueError(
+            f"{folder} holds whole weights and an adapter ({found[0]}): which of the two is meant cannot be told. "
+            "Move the adapter_* files to a folder of their own, or remove them."
+        )
+    if model_type == "janus":
+        raise ValueError(
+            f"{folder} has an adapter_config.json, but no adapter beside it; transformers would look for one. Remove "
+            "that file."
+        )
+    logger.info("%s has an adapter_config.json, but no adapter: loading the whole weights beside it.", folder)
+
+
+def read_if_there(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
