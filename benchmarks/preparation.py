@@ -29,10 +29,10 @@ from thinkclearly.data import sources
 from thinkclearly.data.prepare import prepare_dataset
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.evaluation.report import machine
-from thinkclearly.evaluation.tables import markdown_table
 from thinkclearly.files import write_json, write_text
 from thinkclearly.images import Letterbox, load_image
 from thinkclearly.models.load import Checkpoint, load_checkpoint
+from thinkclearly.reporting.tables import markdown_table
 
 SEED = 12  # of the built-in edits
 PHOTO = (1024, 768)

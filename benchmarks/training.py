@@ -31,11 +31,11 @@ from thinkclearly.data.collator import Collator
 from thinkclearly.data.features import cache_features
 from thinkclearly.data.prepare import prepare_dataset
 from thinkclearly.evaluation.report import machine
-from thinkclearly.evaluation.tables import markdown_table
 from thinkclearly.files import write_json, write_text
 from thinkclearly.models import cross_entropy
 from thinkclearly.models.instruction_head import ClearConfig
 from thinkclearly.models.load import Checkpoint, load_checkpoint, load_empty
+from thinkclearly.reporting.tables import markdown_table
 from thinkclearly.training import memory
 from thinkclearly.training.adapters import add_lora
 from thinkclearly.training.methods import parse_options

@@ -13,7 +13,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 JANUS = re.compile(r"vqmodel|vq_config|generation_head|generation_embeddings|model\.model\.")
 # Images open files with what colour knows; training publishes through the hub, which knows no training.
 ROOMS = ["recipe", "files", "colour", "images", "instructions", "sequence", "models", "reporting", "data", "decoding"]
-ROOMS += ["editing", "generation", "evaluation", "hub", "training", "commands"]
+ROOMS += ["generation", "editing", "evaluation", "hub", "training", "commands"]
 
 
 def name_of(path):

@@ -18,7 +18,7 @@ from thinkclearly.data.shapes import PACKAGED_PHOTOS
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "thinkclearly"
-CLUTTER = (".*", "build", "dist", "outputs", "tests", "benchmarks", "docs", "*.egg-info", "__pycache__")
+CLUTTER = (".*", "build", "dist", "outputs", "tests", "docs", "*.egg-info", "__pycache__")
 
 
 @pytest.fixture(scope="module")

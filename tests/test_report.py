@@ -11,11 +11,11 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
-from thinkclearly.evaluation.curves import calibration_curve, training_curves
 from thinkclearly.evaluation.metrics import aggregate_image_metrics, clear_metrics, image_metrics
-from thinkclearly.evaluation.pictures import heat_map, mask_image, red_overlay, sheet
 from thinkclearly.evaluation.report import write_report
-from thinkclearly.evaluation.tables import format_number, markdown
+from thinkclearly.reporting.curves import calibration_curve, training_curves
+from thinkclearly.reporting.pictures import heat_map, mask_image, red_overlay, sheet
+from thinkclearly.reporting.tables import format_number, markdown
 
 VOID = {"meta", "img", "source"}
 LOG = [

@@ -8,7 +8,7 @@ from tiny_towers import SIZE, save_clip, save_dino
 from torchmetrics.functional.multimodal import clip_score
 from transformers import CLIPImageProcessorPil, CLIPProcessor
 
-from thinkclearly.evaluation.towers import IMAGENET_MEAN, IMAGENET_STD, Clip, Dino
+from thinkclearly.evaluation.benchmarks.towers import IMAGENET_MEAN, IMAGENET_STD, Clip, Dino
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import gate_metrics
 from thinkclearly.evaluation.edits import Evaluation, best_median_worst, evaluate_edits, evaluate_rows
 from thinkclearly.evaluation.report import machine, write_report
-from thinkclearly.evaluation.tables import ROW_LABELS, format_number
 from thinkclearly.files import write_json
 from thinkclearly.images import load_image
 from thinkclearly.models.finetunes import load_clear_model
 from thinkclearly.recipe import option
+from thinkclearly.reporting.tables import ROW_LABELS, format_number
 from thinkclearly.training.methods import parse_options
 from thinkclearly.training.run import train
 

@@ -24,12 +24,12 @@ from thinkclearly import load_editor
 from thinkclearly.data.shapes import ShapeEdit, edit_scene, packaged_photos, random_scene
 from thinkclearly.editing.session import EditSession
 from thinkclearly.evaluation.metrics import aggregate_image_metrics, image_metrics
-from thinkclearly.evaluation.pictures import sheet
 from thinkclearly.evaluation.report import machine
-from thinkclearly.evaluation.tables import markdown_table
 from thinkclearly.files import write_json, write_text
 from thinkclearly.hub.pipeline import DEFAULT_MODEL
 from thinkclearly.images import Letterbox
+from thinkclearly.reporting.pictures import sheet
+from thinkclearly.reporting.tables import markdown_table
 
 logger = logging.getLogger("many_turns")
 

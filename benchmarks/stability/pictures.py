@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks.stability.runs import ORIGINAL, SEEDS, gates
 from benchmarks.stability.train import recipe
 from thinkclearly.data import sources
-from thinkclearly.evaluation.pictures import sheet
+from thinkclearly.reporting.pictures import sheet
 
 SIDE = 160
 

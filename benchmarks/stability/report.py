@@ -14,8 +14,8 @@ from benchmarks.stability.offline import cleaning, label_noise, pointer_sum
 from benchmarks.stability.pictures import draw_gates
 from benchmarks.stability.runs import BIASES, GUIDANCE, ORIGINAL, OUTPUT, SEEDS, WEIGHTS, path, points, variant
 from thinkclearly.evaluation.report import machine
-from thinkclearly.evaluation.tables import format_number, markdown_table
 from thinkclearly.files import write_json, write_text
+from thinkclearly.reporting.tables import format_number, markdown_table
 
 HERE, IMAGES = Path(__file__).parent, Path("docs/images")
 COLUMNS = {

@@ -13,8 +13,8 @@ from thinkclearly import load_editor
 from thinkclearly.data.sources import photos_of
 from thinkclearly.demo import photo_edits
 from thinkclearly.evaluation.edits import evaluate_edits
-from thinkclearly.evaluation.pictures import heat_map, sheet
 from thinkclearly.models.finetunes import TINY_CLEAR
+from thinkclearly.reporting.pictures import heat_map, sheet
 
 COUNT, CELL = 40, 320
 pairs = photo_edits(COUNT, photos_of("test"))

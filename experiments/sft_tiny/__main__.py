@@ -21,15 +21,14 @@ from tqdm.auto import tqdm
 
 from experiments.sft_tiny.lessons import KINDS, Lesson, lessons, new_words
 from thinkclearly.commands.train import main as train
-from thinkclearly.decoding.engine import decode
 from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.report import machine
-from thinkclearly.evaluation.tables import markdown_table
 from thinkclearly.files import write_json, write_text
+from thinkclearly.generation.draw import draw, to_pictures
 from thinkclearly.images import to_image
 from thinkclearly.models.finetunes import load_any
-from thinkclearly.sequence import FULL, drawing, named_rows
+from thinkclearly.reporting.tables import markdown_table
 
 logger = logging.getLogger("sft_tiny")
 
@@ -95,27 +94,13 @@ def teach(path: Path, output: Path, epochs: float, rate: float) -> None:
     train([text for name, value in options.items() for text in (f"--{name}", str(value))] + ["--train_parts", *PARTS])
 
 
-@torch.inference_mode()
-def draw(editor: Editor, batch: list[Lesson]) -> list:
-    """Pictures of a batch of captions, greedy and without guidance."""
-    processor, family = editor.processor, editor.model.token_model
-    rows = processor.rows(named_rows([drawing(lesson.words) for lesson in batch], {FULL: 1.0}))
-    decoded = decode(
-        editor.model,
-        family.embed_prompt(rows),
-        rows.attention_mask,
-        processor.num_image_tokens,
-        DecodeSettings(**GREEDY),
-        rows={FULL: 1.0},
-        samples=[(0, 0)] * len(batch),
-    )
-    return [to_image(pixels) for pixels in family.decode(decoded.fed_codes)]
-
-
 def answers(editor: Editor, kind: str, batch: list[Lesson]) -> list:
     """What a model makes of a batch: pictures or words."""
     if kind == "draw":
-        return draw(editor, batch)
+        settings = DecodeSettings(**GREEDY)
+        prompts, samples = [lesson.words for lesson in batch], [(0, 0)] * len(batch)
+        drawn = draw(editor.model, editor.processor, prompts, settings, samples=samples)
+        return to_pictures(editor.model, drawn.fed_codes)
     if kind == "edit":
         results = editor.edit_many([lesson.source for lesson in batch], [lesson.words for lesson in batch], **GREEDY)
         return [result.token_composite for result in results]

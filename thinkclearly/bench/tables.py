@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
-from thinkclearly.evaluation.tables import markdown_table
+from thinkclearly.reporting.tables import markdown_table
 
 NOTES = {
     "edits": (

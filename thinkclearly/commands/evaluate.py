@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _benchmark(argv: list[str]) -> None:
-    from thinkclearly.evaluation.benchmark import BenchmarkArguments, run_benchmark
+    from thinkclearly.evaluation.benchmarks.run import BenchmarkArguments, run_benchmark
 
     options = [BenchmarkArguments, EvaluateArguments, SettingOverrides]
     parser = RecipeParser(options, usage=USAGE, prog="thinkclearly evaluate", description=__doc__)

@@ -6,33 +6,30 @@ The one place where preprocessing, decoding and compositing meet. Knows nothing 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import GenerationMixin
 
 from thinkclearly.colour import painted, seen
-from thinkclearly.decoding.cache import masked_attention
 from thinkclearly.decoding.engine import Decoded, decode, guided_rows
-from thinkclearly.decoding.settings import DecodeSettings, check_seed
+from thinkclearly.decoding.settings import check_seed
 from thinkclearly.editing.composite import assemble, composite, smooth_mask
 from thinkclearly.editing.result import EditResult
 from thinkclearly.editing.settings import EditSettings
-from thinkclearly.images import Letterbox, load_image, load_photo, to_image
+from thinkclearly.generation.describe import describe
+from thinkclearly.generation.draw import draw, to_pictures
+from thinkclearly.images import Letterbox, load_image, load_photo
 from thinkclearly.models.fingerprint import fingerprint
 from thinkclearly.models.instruction_head import InstructionModel
 from thinkclearly.models.janus.processor import JanusProcessor
-from thinkclearly.sequence import Row, answering, drawing, named_rows
+from thinkclearly.sequence import drawing, named_rows
 
 logger = logging.getLogger(__name__)
-_RANDOM = threading.Lock()
 
 
 class Editor:
@@ -126,7 +123,7 @@ class Editor:
             on_step=None if progress is None else lambda done: progress(done, n),
         )
         clock.lap("decode")
-        drawn = _to_images(self.model, decoded.fed_codes)
+        drawn = to_pictures(self.model, decoded.fed_codes)
         clock.lap("pictures")
         further = LazyPictures(self.model, {"codes": decoded.codes, "source_tokens": source_tokens})
         results = [
@@ -200,26 +197,19 @@ class Editor:
         **overrides,
     ) -> list[Image.Image]:
         """Text to pictures of the model's own square size; `overrides` are fields of `DecodeSettings`."""
-        if not prompt.strip():
-            raise ValueError("The prompt is empty; describe the picture to draw")
         settings = _override(self.settings, overrides)
         _check_count("num_images", num_images)
         check_seed(seed)
-        weights = guided_rows(settings, has_source=False)
-        rows = self.processor.rows(named_rows([drawing(prompt.strip())], weights)).to(self.model.device)
         n = self.processor.num_image_tokens
-        decoded = decode(
+        decoded = draw(
             self.model,
-            self.model.token_model.embed_prompt(rows),
-            rows.attention_mask,
-            n,
+            self.processor,
+            [prompt],
             settings,
-            rows=weights,
             samples=[(seed, k) for k in range(num_images)],
-            per_prompt=num_images,
             on_step=None if progress is None else lambda done: progress(done, n),
         )
-        return _to_images(self.model, decoded.fed_codes)
+        return to_pictures(self.model, decoded.fed_codes)
 
     @torch.inference_mode()
     def describe(
@@ -235,34 +225,17 @@ class Editor:
         seed: int = 0,
     ) -> list[str]:
         """Answers a question about a picture, `num_answers` times; temperature 0 decodes greedily."""
-        DecodeSettings(temperature=temperature, top_k=top_k, top_p=top_p)  # the same limits, the same messages
         _check_count("num_answers", num_answers)
-        check_seed(seed)
-        if temperature == 0 and num_answers > 1:
-            raise ValueError(f"num_answers={num_answers} at temperature 0 would all be the same; set a temperature")
-        source = load_image(image)
-        square = Letterbox(*source.size, self.processor.image_size).fit(source)
-        rows = self.processor.rows([Row(answering(question.strip(), [0]))]).to(self.model.device)
-        features = self.model.token_model.see(self.processor.pixel_values([square]).to(self.model.device))
-        sampling = {"do_sample": False}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        attention = masked_attention(self.model.token_model.language_model)  # another thread may be editing
-        with attention, _random_numbers(seed) if temperature > 0 else nullcontext():
-            # Not Janus' own generate, which only adds warnings where words are asked for.
-            ids = GenerationMixin.generate(
-                self.model.base,
-                inputs_embeds=self.model.token_model.embed_prompt(rows, features),
-                attention_mask=rows.attention_mask,
-                max_new_tokens=max_new_tokens,
-                num_return_sequences=num_answers,
-                guidance_scale=1.0,  # none
-                eos_token_id=self.processor.eos_id,
-                bos_token_id=self.processor.bos_id,
-                pad_token_id=self.processor.eos_id,
-                **sampling,
-            )
-        return [text.strip() for text in self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        return describe(
+            self.model,
+            self.processor,
+            load_image(image),
+            question,
+            num_answers=num_answers,
+            max_new_tokens=max_new_tokens,
+            **sampling,
+        )
 
 
 def _override(settings: EditSettings, overrides: dict) -> EditSettings:
@@ -271,14 +244,6 @@ def _override(settings: EditSettings, overrides: dict) -> EditSettings:
     if unknown:
         raise TypeError(f"Unknown settings {unknown}; choose from {sorted(known)}")
     return replace(settings, **overrides)
-
-
-@contextmanager
-def _random_numbers(seed: int):
-    """The process's random numbers from a seed, for one thread at a time; the caller's come back afterwards."""
-    with _RANDOM, torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 def _invisible(source: Image.Image, kept: np.ndarray) -> list[str]:
@@ -300,10 +265,6 @@ def _check_count(name: str, value: int) -> None:
         raise ValueError(f"{name}={value}; expected 1 or more")
 
 
-def _to_images(model: InstructionModel, tokens: torch.Tensor) -> list[Image.Image]:
-    return [to_image(pixels) for pixels in model.token_model.decode(tokens).cpu()]
-
-
 @dataclass
 class _Original:
     """A picture to edit: what its patches can be copied from."""
@@ -322,7 +283,7 @@ class LazyPictures:
 
     def __call__(self, kind: str) -> list[Image.Image]:
         if kind not in self.pictures:
-            self.pictures[kind] = _to_images(self.model, self.tokens[kind].to(self.model.device))
+            self.pictures[kind] = to_pictures(self.model, self.tokens[kind].to(self.model.device))
         return self.pictures[kind]
 
 

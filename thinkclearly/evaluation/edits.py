@@ -26,9 +26,9 @@ from thinkclearly.evaluation.metrics import (
     clear_metrics,
     image_metrics,
 )
-from thinkclearly.evaluation.tables import format_number
 from thinkclearly.images import Letterbox, patch_difference
 from thinkclearly.instructions import CLEAR
+from thinkclearly.reporting.tables import format_number
 
 
 @dataclass

@@ -16,10 +16,10 @@ from thinkclearly.evaluation.metrics import (
     clear_metrics,
     image_metrics,
 )
-from thinkclearly.evaluation.pictures import heat_map
-from thinkclearly.evaluation.tables import markdown
 from thinkclearly.files import write_json
 from thinkclearly.images import MASK_THRESHOLD, load_image, load_mask
+from thinkclearly.reporting.pictures import heat_map
+from thinkclearly.reporting.tables import markdown
 
 logger = logging.getLogger(__name__)
 

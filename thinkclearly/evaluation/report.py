@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from thinkclearly.evaluation.curves import calibration_curve, training_curves
 from thinkclearly.evaluation.metrics import image_metrics
-from thinkclearly.evaluation.pictures import HEAT_COLOURS, heat_map, mask_image, red_overlay
-from thinkclearly.evaluation.tables import format_number, tables
 from thinkclearly.files import write_text
+from thinkclearly.reporting.curves import calibration_curve, training_curves
+from thinkclearly.reporting.pictures import HEAT_COLOURS, heat_map, mask_image, red_overlay
+from thinkclearly.reporting.tables import format_number, tables
 
 DARK_INK = "#c3c8cf"
 THUMBNAIL, LARGE = 512, 1024  # pixels; larger pictures are shrunk to this among all edits and among the picks

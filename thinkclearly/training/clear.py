@@ -20,12 +20,12 @@ from thinkclearly.data.collator import Collator
 from thinkclearly.data.splits import PreparedData, build_data
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import calibrate
-from thinkclearly.evaluation.pictures import sheet
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.cross_entropy import Scores
 from thinkclearly.models.instruction_head import InstructionModel, read_clear_config, write_clear_config
 from thinkclearly.models.load import Checkpoint
 from thinkclearly.recipe import option
+from thinkclearly.reporting.pictures import sheet
 from thinkclearly.sequence import Dropout
 from thinkclearly.training.callbacks import EpochOfDropout, SampleEdits, TuneClearWeight
 from thinkclearly.training.options import Options

@@ -1,7 +1,7 @@
 """Runs an editor over a benchmark of the field and measures it: `thinkclearly evaluate --benchmark NAME`.
 
 Edits and measurements are kept item by item, so that the same command goes on where it stopped. What is measured is
-`field`'s business, how it reads `benchmark_report`'s.
+`metrics`'s business, how it reads `report`'s.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from thinkclearly.data.sources import BadRecord, read_example
 from thinkclearly.decoding.settings import check_seed
 from thinkclearly.editing.batch import ITEMS, TABLE_FILE, edit_items
 from thinkclearly.editing.editor import Editor
-from thinkclearly.evaluation import field
-from thinkclearly.evaluation.benchmark_report import report
-from thinkclearly.evaluation.towers import Clip, Dino
+from thinkclearly.evaluation.benchmarks import metrics
+from thinkclearly.evaluation.benchmarks.report import report
+from thinkclearly.evaluation.benchmarks.towers import Clip, Dino
 from thinkclearly.files import is_local, strict, write_json, write_text
 from thinkclearly.images import MASK_THRESHOLD, ImageError, load_image
 from thinkclearly.models.instruction_head import head_digest
@@ -77,7 +77,7 @@ class Case:
 
     setting: str
     key: str
-    load: Callable[[dict[str, Path]], field.Item]
+    load: Callable[[dict[str, Path]], metrics.Item]
     predictions: dict[str, Path]
 
     def fingerprint(self) -> str:
@@ -119,7 +119,7 @@ def run_benchmark(editor: Editor, arguments: BenchmarkArguments, model: dict, se
     summaries: dict[str, dict[str, dict]] = {}
     for setting in dict.fromkeys(case.setting for case in cases):
         rows = [measured[case.setting, case.key] for case in cases if case.setting == setting]
-        summaries[setting] = {name: field.summarise([row[name] for row in rows]) for name in rows[0]}
+        summaries[setting] = {name: metrics.summarise([row[name] for row in rows]) for name in rows[0]}
     results = {
         "run": run | {"split": split, "limit": arguments.limit} | towers,
         "left_out": left_out,
@@ -182,14 +182,14 @@ def _magicbrush(editor: Editor, arguments: BenchmarkArguments, run: dict, settin
     return cases, len(chosen) + len(sessions) - len(cases), split
 
 
-def _turns(rows: Dataset, numbers: list[int], predictions: dict[str, Path]) -> field.Item:
+def _turns(rows: Dataset, numbers: list[int], predictions: dict[str, Path]) -> metrics.Item:
     """From the source of the first turn to the target of the last; the mask is the union of theirs."""
     turns = [read_example(rows[i]) for i in numbers]
     mask = None
     if len({turn.mask and turn.mask.size for turn in turns}) == 1 and turns[0].mask is not None:
         mask = np.any([np.asarray(turn.mask) > MASK_THRESHOLD for turn in turns], axis=0)
     pictures = {method: load_image(path) for method, path in predictions.items()}
-    return field.Item(pictures, turns[0].source, rows[numbers[-1]]["caption"], turns[-1].target, mask)
+    return metrics.Item(pictures, turns[0].source, rows[numbers[-1]]["caption"], turns[-1].target, mask)
 
 
 def _pie_bench(editor: Editor, arguments: BenchmarkArguments, run: dict, settings: dict):
@@ -204,13 +204,13 @@ def _pie_bench(editor: Editor, arguments: BenchmarkArguments, run: dict, setting
     return cases, len(rows) - len(cases), "all"
 
 
-def _pie_item(rows: Dataset, i: int, predictions: dict[str, Path]) -> field.Item:
+def _pie_item(rows: Dataset, i: int, predictions: dict[str, Path]) -> metrics.Item:
     row = rows[i]
     source = load_image(row["image"], row["key"])
     if source.size != (PIE_SIDE, PIE_SIDE):
         raise BadRecord(f"{row['key']}: {source.width}x{source.height}, but PIE-Bench's masks are for 512x512.")
     pictures = {method: load_image(path) for method, path in predictions.items()}
-    return field.Item(pictures, source, row["caption"], mask=decode_mask(row["mask_runs"]))
+    return metrics.Item(pictures, source, row["caption"], mask=decode_mask(row["mask_runs"]))
 
 
 def _edit(
@@ -252,7 +252,7 @@ def _measure(cases: list[Case], path: Path, header: dict, arguments: BenchmarkAr
     return measured
 
 
-def _load(case: Case, arguments: BenchmarkArguments) -> field.Item | None:
+def _load(case: Case, arguments: BenchmarkArguments) -> metrics.Item | None:
     try:
         return case.load(case.predictions)
     except (BadRecord, ImageError) as error:
@@ -276,14 +276,14 @@ def _read_measured(path: Path, header: dict) -> dict[tuple, dict]:
     return found
 
 
-def _instrument(arguments: BenchmarkArguments) -> Callable[[list[field.Item]], list[dict]]:
+def _instrument(arguments: BenchmarkArguments) -> Callable[[list[metrics.Item]], list[dict]]:
     device = PartialState().device
     towers = {
         name: None if (where := getattr(arguments, name)) == "none" else tower(where, device)
         for name, tower in (("clip", Clip), ("dino", Dino))
     }
     if arguments.benchmark == "magicbrush":
-        return partial(field.magicbrush, **towers)
+        return partial(metrics.magicbrush, **towers)
     lpips = None
     if arguments.lpips:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity  # imports torchvision
@@ -293,4 +293,4 @@ def _instrument(arguments: BenchmarkArguments) -> Callable[[list[field.Item]], l
         def lpips(prediction, reference):
             return network(prediction.to(device), reference.to(device))
 
-    return partial(field.pie_bench, **towers, lpips=lpips)
+    return partial(metrics.pie_bench, **towers, lpips=lpips)

@@ -6,9 +6,9 @@ import math
 
 from huggingface_hub import EvalResult
 
-from thinkclearly.evaluation.field import COLUMNS, TARGET
-from thinkclearly.evaluation.published import PUBLISHED, SOURCES
-from thinkclearly.evaluation.tables import ROW_LABELS, format_number, markdown_table
+from thinkclearly.evaluation.benchmarks.metrics import COLUMNS, TARGET
+from thinkclearly.evaluation.benchmarks.published import PUBLISHED, SOURCES
+from thinkclearly.reporting.tables import ROW_LABELS, format_number, markdown_table
 
 LABELS = ROW_LABELS | {TARGET: "the target itself"}
 NAMES = {"magicbrush": "MagicBrush", "pie-bench": "PIE-Bench"}

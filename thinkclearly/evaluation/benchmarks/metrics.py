@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from thinkclearly.evaluation.benchmarks.towers import Clip, Dino
 from thinkclearly.evaluation.metrics import image_metrics
-from thinkclearly.evaluation.towers import Clip, Dino
 
 COPY, TARGET = "copy_source", "target"
 _OUTSIDE = {

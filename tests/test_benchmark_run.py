@@ -14,9 +14,9 @@ import thinkclearly
 from thinkclearly import cli
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.editing.editor import Editor
-from thinkclearly.evaluation import benchmark
-from thinkclearly.evaluation.benchmark_report import eval_results
-from thinkclearly.evaluation.field import COLUMNS, distances, summarise
+from thinkclearly.evaluation.benchmarks import run as benchmark
+from thinkclearly.evaluation.benchmarks.metrics import COLUMNS, distances, summarise
+from thinkclearly.evaluation.benchmarks.report import eval_results
 
 PHOTOS = tuple(packaged_photos("test"))
 TURNS = {"30": 1, "139": 3, "7": 2}  # session → turns
@@ -180,7 +180,7 @@ def test_the_report_has_ours_copy_the_source_and_the_published_with_sources(whol
 def test_a_killed_run_goes_on_and_other_towers_measure_anew(output, model, archive, towers, monkeypatch):
     argv = ["magicbrush", "--model", model, "--path", archive, "--output_dir", output, *towers]
     first, measured = read(output), output / "measured.jsonl"
-    edits, looked, edit_many, magicbrush = [], [], Editor.edit_many, benchmark.field.magicbrush
+    edits, looked, edit_many, magicbrush = [], [], Editor.edit_many, benchmark.metrics.magicbrush
 
     def count_edits(self, images, *args, **options):
         edits.extend(images)
@@ -191,7 +191,7 @@ def test_a_killed_run_goes_on_and_other_towers_measure_anew(output, model, archi
         return magicbrush(batch, **options)
 
     monkeypatch.setattr(Editor, "edit_many", count_edits)
-    monkeypatch.setattr(benchmark.field, "magicbrush", count_items)
+    monkeypatch.setattr(benchmark.metrics, "magicbrush", count_items)
     lines = measured.read_text().splitlines(keepends=True)
     measured.write_text("".join(lines[:-1]) + lines[-1][:40])  # killed while it wrote
     shutil.rmtree(output / "single-turn/30-1")

@@ -1,6 +1,6 @@
 """Numbers that others published on the field's benchmarks, each with its source; printed beside ours, never ours.
 
-Values are in the units of `field.COLUMNS`. `None` is what the source does not give.
+Values are in the units of `metrics.COLUMNS`. `None` is what the source does not give.
 """
 
 from __future__ import annotations
