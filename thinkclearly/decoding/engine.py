@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from thinkclearly.decoding.cache import BlockCache, keep_prefix, kept_prefix, masked_attention, write_prefix
 from thinkclearly.decoding.guidance import guidance_weights, guide
-from thinkclearly.decoding.sampling import draw, gumbel_noise, warpers
-from thinkclearly.decoding.settings import PREFERENCES, DecodeSettings
+from thinkclearly.decoding.policy import choice_logps, operating_point
+from thinkclearly.decoding.sampling import draw, gumbel_noise, logistic, warpers
+from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.instructions import gate_log_odds
 from thinkclearly.models.instruction_head import InstructionModel
 from thinkclearly.models.protocol import position_ids
@@ -44,6 +45,7 @@ class Decoded:
         passes: forward passes of the language model over the output, after the prompt was read.
         accepted: positions that became final, for each pass a list of S numbers; 0 for samples that were finished.
         logits: float32 (S, N, K + I) where asked for: the scores that were chosen from.
+        logps: float32 (S, N) where asked for: log-probability of what was drawn, see `policy.choice_logps`.
     """
 
     class_ids: torch.Tensor
@@ -53,6 +55,7 @@ class Decoded:
     passes: int
     accepted: list[list[int]]
     logits: torch.Tensor | None = None
+    logps: torch.Tensor | None = None
 
 
 def guided_rows(settings: DecodeSettings, has_source: bool) -> dict[str, float]:
@@ -77,6 +80,7 @@ def decode(
     transformed: torch.Tensor | None = None,
     on_step: Callable[[int], None] | None = None,
     keep_logits: bool = False,
+    keep_logps: bool = False,
 ) -> Decoded:
     """Decodes S samples of P prompts with R rows each.
 
@@ -101,9 +105,10 @@ def decode(
     reader.read_prompts()
     reader.keep(torch.arange(count, device=embeds.device) // per_prompt)
     # 2. Check a block of drafts in each pass, until all samples are done.
-    choose = _Chooser(model, settings, rows, samples, transformed, capacity, embeds.device)
+    choose = _Chooser(model, settings, rows, samples, transformed, capacity, embeds.device, keep_logps)
     board = _Board(count, num_tokens, capacity, width, embeds.device)
     board.logits = torch.zeros(count, capacity, choose.classes, device=embeds.device) if keep_logits else None
+    board.logps = torch.zeros(count, capacity, device=embeds.device) if keep_logps else None
     if source_tokens is not None:
         board.fed_codes[:, :num_tokens], board.drafted = source_tokens, [capacity] * count
     length = shortest = min(settings.block or _shortest(width, source_tokens is not None, embeds.device), longest)
@@ -199,6 +204,7 @@ class _Board:
         self.class_ids, self.codes = torch.zeros_like(self.fed_codes), torch.zeros_like(self.fed_codes)
         self.gate = torch.full(self.fed_codes.shape, float("nan"), device=device)
         self.logits: torch.Tensor | None = None
+        self.logps: torch.Tensor | None = None
         self.done, self.drafted, self.live = [0] * count, [width] * count, list(range(count))
         self.accepted: list[list[int]] = []
 
@@ -241,6 +247,8 @@ class _Board:
         self.codes[live, index], self.gate[live, index] = found.codes, found.gate
         if self.logits is not None:
             self.logits[live, index] = found.logits
+        if self.logps is not None:
+            self.logps[live, index] = found.logps
         fresh = [0] * len(self.done)
         for k, n in zip(self.live, matched.tolist()):
             fresh[k] = min(1 + n, self.num_tokens - self.done[k])
@@ -258,8 +266,9 @@ class _Board:
 
     def finished(self) -> Decoded:
         whole = (self.class_ids, self.fed_codes, self.codes, self.gate)
-        logits = None if self.logits is None else self.logits[:, : self.num_tokens]
-        return Decoded(*(part[:, : self.num_tokens] for part in whole), len(self.accepted), self.accepted, logits)
+        logits, logps = (None if t is None else t[:, : self.num_tokens] for t in (self.logits, self.logps))
+        whole = (part[:, : self.num_tokens] for part in whole)
+        return Decoded(*whole, len(self.accepted), self.accepted, logits, logps)
 
 
 def _shortest(width: int, with_source: bool, device: torch.device) -> int:
@@ -280,19 +289,21 @@ def _next_length(fresh: list[int], shortest: int, longest: int) -> int:
 
 @dataclass
 class _Found:
-    """What a pass computed at each position of a block, (A, B) each; logits (A, B, K + I)."""
+    """What a pass computed at each position of a block, (A, B) each; logits (A, B, K + I). `logps` where asked for."""
 
     class_ids: torch.Tensor
     fed_codes: torch.Tensor
     codes: torch.Tensor
     gate: torch.Tensor
     logits: torch.Tensor
+    logps: torch.Tensor | None
 
 
 class _Chooser:
     """From hidden states of all rows to one class and code at each position of a block."""
 
-    def __init__(self, model, settings: DecodeSettings, rows, samples, transformed, capacity, device):
+    def __init__(self, model, settings: DecodeSettings, rows, samples, transformed, capacity, device, keep_logps):
+        self.keep_logps = keep_logps
         self.model, self.settings, self.weights = model, settings, rows
         self.classes = model.vocabulary.num_classes
         self.filters = warpers(settings.temperature, settings.top_k, settings.top_p)
@@ -301,7 +312,8 @@ class _Chooser:
             self.transformed = F.pad(transformed, (0, capacity - transformed.shape[-1]))
         self.noise = None
         if settings.temperature > 0:
-            noise = [gumbel_noise(*key, capacity, self.classes) for key in samples]
+            where = device if settings.device_noise else "cpu"
+            noise = [gumbel_noise(*key, capacity, self.classes, where) for key in samples]
             self.noise = torch.stack(noise).to(device)
 
     def __call__(self, hidden: torch.Tensor, live: torch.Tensor, index: torch.Tensor) -> _Found:
@@ -325,13 +337,19 @@ class _Chooser:
             # Top-k and top-p see the instructions here, too.
             code = torch.where(self.model.vocabulary.is_instruction(choice), code, choice)
         elif self.may_copy:
-            full, config = rows[FULL].flatten(0, 1), self.model.clear_config
-            gate = gate_log_odds(full, codebook, config.clear_weight) + config.gate_bias
-            gate = gate / config.gate_temperature - PREFERENCES[settings.prefer] + settings.clear_bias
-            choice = torch.where(gate > 0, codebook + full[:, codebook:].argmax(-1), code)
+            full = rows[FULL].flatten(0, 1)
+            gate = operating_point(self.model.gate(full), settings)
+            threshold = -logistic(noise[:, codebook]) if settings.sample_gate else 0.0
+            choice = torch.where(gate > threshold, codebook + full[:, codebook:].argmax(-1), code)
+        logps = None
+        if self.keep_logps:
+            copied = self.model.vocabulary.is_instruction(choice)
+            codes = self.filters(None, guided[:, :codebook])
+            logps = choice_logps(codes, code, copied, gate if settings.sample_gate and self.may_copy else None)
+            logps = logps.view(count, length)
         # 4. What goes back into the model.
         class_ids, codes, gate = (value.view(count, length) for value in (choice, code, gate))
         fed_codes = class_ids
         if self.may_copy:
             fed_codes = self.model.vocabulary.remap(class_ids, self.transformed[live, :, index].transpose(1, 2))
-        return _Found(class_ids, fed_codes, codes, gate, guided.view(count, length, -1))
+        return _Found(class_ids, fed_codes, codes, gate, guided.view(count, length, -1), logps)

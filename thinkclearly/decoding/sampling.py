@@ -11,11 +11,24 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 
-def gumbel_noise(seed: int, sample: int, positions: int, classes: int) -> torch.Tensor:
-    """Standard Gumbel noise, float32 (positions, classes); drawn on the CPU so that every device sees the same."""
+def gumbel_noise(
+    seed: int, sample: int, positions: int, classes: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Standard Gumbel noise, float32 (positions, classes).
+
+    Args:
+        device: where it is drawn. Every kind of device has noise of its own; the CPU's is the same for all.
+    """
     key = int(np.random.SeedSequence((seed, sample)).generate_state(1, np.uint64)[0] >> 1)
-    uniform = torch.rand(positions, classes, generator=torch.Generator().manual_seed(key))
+    generator = torch.Generator(device).manual_seed(key)
+    uniform = torch.rand(positions, classes, generator=generator, device=device)
     return -(-uniform.clamp(min=1e-20).log()).log()
+
+
+def logistic(gumbel: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise as standard logistic noise: x + noise > 0 with probability sigmoid(x)."""
+    spent = torch.exp(-gumbel)  # exponential
+    return -spent - torch.log(-torch.expm1(-spent))
 
 
 def warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:

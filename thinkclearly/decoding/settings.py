@@ -33,6 +33,13 @@ class DecodeSettings:
     top_p: float = option(1.0, "Sample from the smallest set of codes with this probability mass.")
     use_cfg: bool = option(True, "Guidance; without it only the full row is decoded.")
     block: int = option(0, "Positions that one pass checks; 0 adapts, 1 decodes one by one. The tokens are the same.")
+    sample_gate: bool = option(
+        False,
+        "Draw copy or paint with the gate's probability, instead of the likelier one (factorised alone).",
+    )
+    device_noise: bool = option(
+        False, "Draw the noise on the model's device: faster there, but not the same on every kind of device."
+    )
     jacobi: bool = option(
         True,
         "Guess codes from the pass before; without it the source alone is the draft. The tokens are the same.",
@@ -52,6 +59,8 @@ class DecodeSettings:
             raise ValueError(f"top_p={self.top_p}; expected a probability mass in (0, 1]")
         if self.cfg_weight2 < 0:
             raise ValueError(f"cfg_weight2={self.cfg_weight2}; expected 0 (full row alone) or more")
+        if self.sample_gate and (self.guidance == "joint" or self.temperature == 0):
+            raise ValueError("sample_gate draws from the gate: it needs guidance=factorised and a temperature above 0")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k}; expected 0 (all) or the number of codes to keep")
         if self.block < 0:

@@ -80,7 +80,7 @@ def score_hidden(
     def score(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return score_logits(head(states), targets, codebook_size).to_tuple()
 
-    parts = _by_chunks(score, hidden.flatten(0, -2), labels.flatten())
+    parts = by_chunks(score, hidden.flatten(0, -2), labels.flatten())
     return Scores(*(part.view_as(labels) for part in parts))
 
 
@@ -93,11 +93,16 @@ def score_words(
         logits = head(states)
         return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1)
 
-    return _by_chunks(score, hidden, labels)
+    return by_chunks(score, hidden, labels)
 
 
-def _by_chunks(score: Callable, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    length = chunk_length(len(targets))
+def by_chunks(score: Callable, states: torch.Tensor, targets: torch.Tensor, rows: int = 1) -> tuple[torch.Tensor, ...]:
+    """What `score` makes of states (M, ..., H) and targets (M,), computed by chunks and joined: tensors (M,).
+
+    Args:
+        rows: states of each target, which make its chunk so much larger.
+    """
+    length = max(1, chunk_length(rows * len(targets)) // rows)
     pieces = list(zip(states.split(length), targets.split(length)))
     scored = [checkpoint(score, *piece, use_reentrant=False) for piece in pieces[:-1]] + [score(*pieces[-1])]
     return tuple(torch.cat(parts) for parts in zip(*scored))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from thinkclearly.files import is_local, replacing_in, write_json, write_text
-from thinkclearly.instructions import InstructionVocabulary
+from thinkclearly.instructions import InstructionVocabulary, gate_log_odds
 from thinkclearly.models.config_files import read_config, read_json
-from thinkclearly.models.cross_entropy import Scores, score_hidden, score_words
+from thinkclearly.models.cross_entropy import score_hidden, score_words
 from thinkclearly.models.load import token_model
 from thinkclearly.models.protocol import PromptBatch, fill, position_ids
 from thinkclearly.models.weight_files import read_tensors
@@ -114,21 +115,32 @@ class InstructionModel(nn.Module):
             instructions = nn.functional.linear(hidden.to(weight.device).float(), weight, bias)
         return torch.cat([codes, instructions.to(codes.device)], dim=-1)
 
+    def gate(self, logits: torch.Tensor) -> torch.Tensor:
+        """Calibrated log-odds of copying against painting: logits (..., K + I), without guidance, to (...)."""
+        config = self.clear_config
+        odds = gate_log_odds(logits, config.codebook_size, config.clear_weight)
+        return (odds + config.gate_bias) / config.gate_temperature
+
     def forward(
         self,
         labels: torch.Tensor,
         word_rows: torch.Tensor | None = None,
         word_columns: torch.Tensor | None = None,
         word_labels: torch.Tensor | None = None,
+        score: Callable | None = None,
         **inputs,
-    ) -> Scores:
+    ):
         """Teacher-forced scores of all output positions, (D, N) each, and of the words of answers, (A,).
 
         Args:
+            score: (model, hidden states (D, N, H), labels) → what to return instead: for losses other than the
+                cross-entropy, such as `decoding.policy.Policy`. DDP and FSDP see this forward pass alone.
             word_rows, word_columns: long (A,), positions whose hidden states predict `word_labels`, long (A,).
             labels, inputs: as for `teacher_forced_logits`.
         """
         hidden, codes = self._hidden(labels=labels, **inputs)
+        if score is not None:
+            return score(self, codes, labels)
         scores = score_hidden(self.logits, codes, labels, self.vocabulary.codebook_size)
         if word_labels is not None:
             states = hidden[word_rows, word_columns]
