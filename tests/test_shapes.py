@@ -1,5 +1,6 @@
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from thinkclearly.data.shapes import (
     PLACES,
     SHAPES,
     WORDINGS,
+    Scene,
     edit_scene,
     packaged_photos,
     picture_size,
@@ -245,3 +247,25 @@ def test_captions():
     assert named.caption().endswith(" on an orange background")
     assert all(f"{shape.colour} {shape.name} at the {shape.place}" in named.caption() for shape in scene.shapes)
     assert replace(named, shapes=()).caption() == "nothing on an orange background"
+
+
+# As JSON
+
+
+def test_a_scene_comes_back_from_json_with_the_same_pictures(edits):
+    for examples in edits.values():
+        for edit, source, *_ in examples[:30]:
+            again = Scene.from_json(edit.before.to_json())
+            assert again == edit.before and again.render(*source.size).tobytes() == source.tobytes()
+
+
+def test_a_packaged_photograph_is_found_in_another_installation():
+    (photo,) = [path for path in packaged_photos("train") if path.endswith("china.jpg")]
+    scene = Scene(shapes.Background(photo=photo), ())
+    assert str(Path(photo).parent) not in scene.to_json()
+    assert Scene.from_json(scene.to_json()).background.photo == photo
+
+
+def test_a_photograph_of_ones_own_stays_where_it_is(tmp_path):
+    scene = Scene(shapes.Background(photo=str(tmp_path / "china.jpg")), ())
+    assert Scene.from_json(scene.to_json()) == scene

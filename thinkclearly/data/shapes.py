@@ -6,10 +6,12 @@ Knows nothing of tokens, models or files beyond the photographs it draws on.
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +183,23 @@ class Scene:
         text, ground = " and ".join(parts) or "nothing", self.background.name
         return f"{text} on {_article(ground)} {ground} background" if ground else text
 
+    def to_json(self) -> str:
+        """For `from_json`; a packaged photograph goes by package and name, so that any installation finds it."""
+        content, photo = asdict(self), Path(self.background.photo).as_posix()
+        packaged = [pair for pair in chain(*PACKAGED_PHOTOS.values()) if photo.endswith("/" + "/".join(pair))]
+        content["background"]["photo"] = packaged[0] if packaged else self.background.photo
+        return json.dumps(content)
+
+    @staticmethod
+    def from_json(text: str) -> Scene:
+        """The scene that `to_json` wrote: its pictures are the same to the byte."""
+        content = json.loads(text)
+        ground = content["background"]
+        ground["colours"], ground["crop"] = tuple(map(tuple, ground["colours"])), tuple(ground["crop"])
+        if not isinstance(ground["photo"], str):
+            ground["photo"] = _packaged_photo(*ground["photo"])
+        return Scene(Background(**ground), tuple(Shape(**shape) for shape in content["shapes"]))
+
 
 @dataclass(frozen=True)
 class ShapeEdit:
@@ -280,16 +299,17 @@ def _photo(path: str) -> Image.Image:
 
 def packaged_photos(split: str = "train") -> list[str]:
     """Paths of the photographs that scikit-image and this package ship for "train", "calibration" or "test"."""
-    paths = []
-    for package, name in PACKAGED_PHOTOS[split]:
-        spec = find_spec(package)
-        if spec is None:
-            raise ImportError(
-                f"The built-in shapes draw on photographs that {package} ships, and it is not installed. Run "
-                "`pip install scikit-image`, or give a folder of photographs (photos_folder)."
-            )
-        paths.append(str(Path(spec.origin).parent / name))
-    return paths
+    return [_packaged_photo(*pair) for pair in PACKAGED_PHOTOS[split]]
+
+
+def _packaged_photo(package: str, name: str) -> str:
+    spec = find_spec(package)
+    if spec is None:
+        raise ImportError(
+            f"The built-in shapes draw on photographs that {package} ships, and it is not installed. Run "
+            "`pip install scikit-image`, or give a folder of photographs (photos_folder)."
+        )
+    return str(Path(spec.origin).parent / name)
 
 
 def random_scene(rng: np.random.Generator, photos: list[str], shapes: int | None = None) -> Scene:
