@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
@@ -79,16 +79,25 @@ class Editor:
         instructions: list[str],
         *,
         num_images: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         progress: Callable[[int, int], None] | None = None,
+        keep_logps: bool = False,
         **overrides,
     ) -> list[EditResult]:
-        """Edits a batch in one decoding loop; the `num_images` results of a picture lie next to each other."""
+        """Edits a batch in one decoding loop; the `num_images` results of a picture lie next to each other.
+
+        Args:
+            seed: of all pictures, or one for each.
+            keep_logps: fill in the results' `logps`.
+            overrides: fields of `EditSettings`.
+        """
         settings = _override(self.settings, overrides)
         if len(images) != len(instructions) or not images:
             raise ValueError(f"{len(images)} pictures and {len(instructions)} instructions; give one for each picture")
         _check_count("num_images", num_images)
-        check_seed(seed)
+        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * len(images)
+        for each in seeds:
+            check_seed(each)
         for i, instruction in enumerate(instructions):
             if not instruction or not instruction.strip():
                 raise ValueError(f"Item {i} has an empty instruction; say what to change, e.g. 'Make the scarf blue.'")
@@ -107,7 +116,7 @@ class Editor:
         edits = [drawing(words.strip(), [i]) for i, words in enumerate(instructions)]
         prompt = self.processor.rows(named_rows(edits, rows)).to(self.model.device)
         owner = [i for i in range(len(images)) for _ in range(num_images)]
-        samples = [(seed, k) for _ in images for k in range(num_images)]
+        samples = [(each, k) for each in seeds for k in range(num_images)]
         n = self.processor.num_image_tokens
         decoded = decode(
             self.model,
@@ -121,6 +130,7 @@ class Editor:
             source_tokens=source_tokens.repeat_interleave(num_images, dim=0),
             transformed=torch.stack([o.codes for o in originals]).repeat_interleave(num_images, dim=0),
             on_step=None if progress is None else lambda done: progress(done, n),
+            keep_logps=keep_logps,
         )
         clock.lap("decode")
         drawn = to_pictures(self.model, decoded.fed_codes)
@@ -131,8 +141,8 @@ class Editor:
             for k, i in enumerate(owner)
         ]
         clock.lap("composite")
-        for result, i, (_, sample) in zip(results, owner, samples):
-            result.instruction, result.seed, result.sample = instructions[i], seed, sample
+        for result, i, (of_picture, sample) in zip(results, owner, samples):
+            result.instruction, result.seed, result.sample = instructions[i], of_picture, sample
             result.seconds = clock.laps
         return results
 
@@ -183,6 +193,8 @@ class Editor:
             notes=(*source.info.get("notes", ()), *_invisible(source, kept)),
             passes=decoded.passes,
             accepted=[each[k] for each in decoded.accepted],
+            logps=None if decoded.logps is None else decoded.logps[k].cpu(),
+            transformed=original.codes.cpu(),
             further=lambda kind: box.unfit(further(kind)[place[kind]]),
         )
 

@@ -46,6 +46,8 @@ class EditResult:
         notes: what of the source could not be kept, e.g. 16 bits a channel.
         passes: forward passes of the batch that this edit was decoded in.
         accepted: positions that became final in each of them.
+        logps: float32 (N,) where asked for, log-probability of each choice; see `Decoded`.
+        transformed: long (I, N), codes of each instruction's transform of the source.
         seconds: of the batch, by stage.
         further: draws `raw` and `input_decoded`; holds the model until both were asked for, or the result is copied.
     """
@@ -70,6 +72,8 @@ class EditResult:
     notes: tuple[str, ...] = ()
     passes: int = 0
     accepted: list[int] = field(default_factory=list)
+    logps: torch.Tensor | None = None
+    transformed: torch.Tensor | None = None
     seconds: dict = field(default_factory=dict)
     further: Callable[[str], Image.Image] | None = field(default=None, repr=False)
 

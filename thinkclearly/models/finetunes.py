@@ -98,32 +98,51 @@ def load_clear_model(
         checkpoint = load_checkpoint(str(directory), **kwargs)
         model = InstructionModel(checkpoint.network, config)
     else:
-        state = _read_adapter(directory)
-        lora = _read_lora_config(directory, state)
+        lora = _read_lora_config(directory)
         checkpoint = _load_base_of(lora, base, directory, token=token, **kwargs)
-        if isinstance(lora.target_modules, str):
-            modules = (name for name, _ in checkpoint.network.named_modules())
-            lora.target_modules = matching_modules(lora.target_modules, modules, directory / "adapter_config.json")
-        with without_old_name():
-            network = PeftModel(checkpoint.network, lora)
-        # Not PeftModel.from_pretrained: it leaves layers that the file does not have at random, without a word.
-        _load_lora(network, state, directory)
-        model = InstructionModel(network, config)
-        found = model.token_model.base_fingerprint()
-        if config.base_hash and found and found != config.base_hash:
-            raise ValueError(
-                f"{name_or_path} was trained on base weights {config.base_hash}, "
-                f"{base or lora.base_model_name_or_path} has {found}: of the same shape, but another base. "
-                "Pass the right one as base=."
-            )
+        return _ready(put_on(checkpoint, directory, lora), checkpoint, merge), checkpoint.processor
+    _load_head(model, directory)
+    return _ready(model, checkpoint, merge), checkpoint.processor
+
+
+def put_on(checkpoint: Checkpoint, directory: str | Path, lora: LoraConfig | None = None) -> InstructionModel:
+    """A base model with the adapter and the head of a fine-tune.
+
+    Args:
+        lora: the adapter's configuration; read from `directory` where not given.
+
+    Raises:
+        FileNotFoundError, ValueError: a part is missing, or belongs to another base.
+    """
+    directory, config = Path(directory), read_clear_config(directory)
+    lora = lora or _read_lora_config(directory)
+    if isinstance(lora.target_modules, str):
+        modules = (name for name, _ in checkpoint.network.named_modules())
+        lora.target_modules = matching_modules(lora.target_modules, modules, directory / "adapter_config.json")
+    with without_old_name():
+        network = PeftModel(checkpoint.network, lora)
+    # Not PeftModel.from_pretrained: it leaves layers that the file does not have at random, without a word.
+    _load_lora(network, _read_adapter(directory), directory)
+    model = InstructionModel(network, config)
+    found = model.token_model.base_fingerprint()
+    if config.base_hash and found and found != config.base_hash:
+        raise ValueError(
+            f"{directory} was trained on base weights {config.base_hash}, {checkpoint.network.name_or_path} has "
+            f"{found}: of the same shape, but another base. Pass the right one as base=."
+        )
+    _load_head(model, directory)
+    return model
+
+
+def _load_head(model: InstructionModel, directory: Path) -> None:
+    """The CLEAR head, if the codebook is the one that it was trained with."""
     model.load_head(directory)
-    found = model.token_model.codebook_fingerprint()
+    found, config = model.token_model.codebook_fingerprint(), model.clear_config
     if config.codebook_hash and found != config.codebook_hash:
         raise ValueError(
-            f"{name_or_path} was trained on codebook {config.codebook_hash}, its base model now has {found}: not the "
+            f"{directory} was trained on codebook {config.codebook_hash}, its base model now has {found}: not the "
             "base it belongs to. Pass the right one as base=."
         )
-    return _ready(model, checkpoint, merge), checkpoint.processor
 
 
 def load_base(name_or_path: str, **kwargs) -> tuple[InstructionModel, JanusProcessor]:
@@ -202,9 +221,9 @@ def _read_adapter(directory: Path) -> dict[str, torch.Tensor]:
     raise FileNotFoundError(f"{directory} has no adapter_model.safetensors; the adapter is missing. Copy it there.")
 
 
-def _read_lora_config(directory: Path, state: dict[str, torch.Tensor]) -> LoraConfig:
+def _read_lora_config(directory: Path) -> LoraConfig:
     """The adapter's configuration, unless it would take more room than the matrices beside it."""
-    settings = read_adapter_config(directory)
+    settings, state = read_adapter_config(directory), _read_adapter(directory)
     largest = max((tensor.shape[0] for name, tensor in state.items() if "lora_A" in name), default=0)
     ranks = [settings["r"], *settings.get("rank_pattern", {}).values()]
     if max(ranks) > largest:

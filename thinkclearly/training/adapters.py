@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from thinkclearly.models.finetunes import without_old_name
+from thinkclearly.models.finetunes import put_on, without_old_name
 from thinkclearly.models.instruction_head import ClearConfig, InstructionModel
 from thinkclearly.models.load import Checkpoint
 
@@ -27,6 +28,27 @@ def add_lora(
         network = get_peft_model(checkpoint.network, config_of_lora)
     network.peft_config["default"].base_model_name_or_path = base_name
     return InstructionModel(network, config)
+
+
+def go_on_with(checkpoint: Checkpoint, base_name: str, directory: str | Path, config: ClearConfig) -> InstructionModel:
+    """A trainable `InstructionModel` that starts as the fine-tune in `directory`.
+
+    Args:
+        base_name: as for `add_lora`.
+        config: what the new checkpoints will say about themselves.
+    """
+    model = put_on(checkpoint, directory)
+    if (taught := model.clear_config.instructions) != config.instructions:
+        raise ValueError(
+            f"adapter={directory} has the instruction tokens {taught}, this run is to have {config.instructions}; "
+            "they must be the same to go on"
+        )
+    model.clear_config = config
+    model.network.peft_config["default"].inference_mode = False
+    model.network.peft_config["default"].base_model_name_or_path = base_name
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.startswith("clear_head."))
+    return model
 
 
 def train_fully(checkpoint: Checkpoint, config: ClearConfig, parts: tuple[str, ...] = ()) -> InstructionModel:

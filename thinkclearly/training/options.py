@@ -23,7 +23,7 @@ _NOT_SHARED = (
     *("trackio_static_space_id", "include_num_input_tokens_seen", "share_samples", "overwrite_output_dir"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
 )
-_PATHS = ("base_model", "path", "photos_folder")
+_PATHS = ("base_model", "adapter", "path", "prompts_path", "photos_folder")
 
 
 @dataclass
@@ -111,6 +111,9 @@ class LoraArguments:
     lora_dropout: float = option(0.05, "Dropout before the LoRA matrices.")
     use_dora: bool = option(False, "Weight-decomposed LoRA (DoRA).")
     use_rslora: bool = option(False, "Scale by the square root of the rank (rsLoRA).")
+    adapter: str | None = option(
+        None, "Fine-tune to start from, folder or Hub id: its adapter goes on, with its rank and parts."
+    )
     train_parts: list[str] = option(
         [], "Parts that learn; the language model and the image head if not given. A wrong name lists all."
     )
@@ -118,6 +121,8 @@ class LoraArguments:
     def __post_init__(self):
         if self.lora_r < 0:
             raise ValueError(f"lora_r={self.lora_r}; expected a rank of 1 or more, or 0 to train without LoRA")
+        if self.adapter and self.lora_r == 0:
+            raise ValueError(f"adapter={self.adapter} with lora_r=0: an adapter goes on as one; leave lora_r out")
 
 
 @dataclass

@@ -5,6 +5,7 @@ Knows what makes two runs the same and in which order things are saved. Does not
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import signal
 from pathlib import Path
@@ -17,6 +18,7 @@ from thinkclearly.data.splits import PreparedData
 from thinkclearly.files import is_local, write_text
 from thinkclearly.hub.card import RECIPE_FILE, write_card
 from thinkclearly.hub.trainer import PublishingTrainer
+from thinkclearly.models.janus.folder import resolve
 from thinkclearly.models.load import Checkpoint
 from thinkclearly.training.callbacks import CollapseAlarm, SaveOnSigterm, Speed
 from thinkclearly.training.checkpoints import EarlierRun, start_over
@@ -52,7 +54,7 @@ def train(options: Options, method) -> list[dict]:
     set_seed(training.seed)
     checkpoint = build_checkpoint(model)
     data = method.read_data(options, checkpoint)
-    run.fingerprints = _fingerprints(checkpoint, data, run.options["base_model"])
+    run.fingerprints = _fingerprints(checkpoint, data, run.options["base_model"], options.lora.adapter)
     if earlier.is_finished(run):
         logger.info("%s: this run has come to its end already; there is nothing to do", output)
         return TrainerState.load_from_json(str(output / TRAINER_STATE_NAME)).log_history
@@ -100,10 +102,13 @@ def _finish(trainer: Trainer, method, data: PreparedData, metrics: dict[str, flo
         write_text(output / RUN_FILE, trainer.run_files[RUN_FILE])
 
 
-def _fingerprints(checkpoint: Checkpoint, data: PreparedData, base_model: str) -> dict[str, str]:
+def _fingerprints(checkpoint: Checkpoint, data: PreparedData, base_model: str, adapter: str | None) -> dict[str, str]:
     """What the options name, as it is now."""
     family = checkpoint.token_model
     parts = {"training data": data.train, "held-out data": data.test}
     found = {name: data_fingerprint(rows) for name, rows in parts.items() if rows is not None}
     base = {"base model": family.base_fingerprint() or base_model, "codebook": family.codebook_fingerprint()}
+    if adapter:
+        weights = next(resolve(adapter).glob("adapter_model.*"))
+        base["adapter"] = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
     return base | found

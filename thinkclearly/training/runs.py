@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 LENGTH = ("max_steps", "num_train_epochs")
 # Names of what a fingerprint stands for: it may have moved.
-NAMES = ("base_model", "model_revision", "path", "photos_folder", "streaming")
+NAMES = ("base_model", "adapter", "model_revision", "path", "prompts_path", "photos_folder", "streaming")
 EVALUATION = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start")
 
 # What may change while a run goes on. Everything else counts as something that the weights depend on.
@@ -56,6 +56,9 @@ MAY_CHANGE = (
     # How to go on.
     *("ignore_data_skip", "restore_callback_states_from_checkpoint"),
 )
+# What of prepared records a fingerprint is made of.
+WORDS = ("key", "instruction", "answer", "prompts", "scene", "edit")
+CODES = ("input_tokens", "output_tokens", "transformed_tokens", "content")
 # Places of this machine, and what is of a single command.
 _NOT_KEPT = ("output_dir", "prepared_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run", "local_rank")
 
@@ -160,13 +163,13 @@ def allowed_changes(earlier: Run, now: Run, checkpoint: Path) -> list[dict]:
 def data_fingerprint(rows: Dataset) -> str:
     """Of all that training reads of prepared records but their pictures, which the tokens stand for: SHA-256."""
     digest = hashlib.sha256()
-    columns = ("key", "instruction", "input_tokens", "output_tokens", "answer", "transformed_tokens", "content")
-    columns = [name for name in columns if name in rows.column_names]
+    words = [name for name in WORDS if name in rows.column_names]
+    for batch in rows.select_columns(words).iter(1000):
+        for name in words:
+            digest.update(json.dumps(batch[name]).encode())
+    columns = [name for name in CODES if name in rows.column_names]
     for batch in rows.select_columns(columns).with_format("numpy").iter(1000):
         for name in columns:
-            if name in ("key", "instruction", "answer"):
-                digest.update(json.dumps(list(batch[name])).encode())
-                continue
             values = [np.asarray(value, np.int32) for value in batch[name]]
             lengths = list(map(len, values))
             if len(set(lengths)) > 1:  # records show any number of pictures, and not all of them draw one

@@ -10,10 +10,11 @@ from accelerate import PartialState
 from thinkclearly.data.features import FeatureCache, cache_features
 from thinkclearly.data.splits import PreparedData
 from thinkclearly.files import is_local
-from thinkclearly.models.instruction_head import ClearConfig, InstructionModel
+from thinkclearly.models.instruction_head import ClearConfig, InstructionModel, read_clear_config
+from thinkclearly.models.janus.folder import resolve
 from thinkclearly.models.load import Checkpoint, load_checkpoint
 from thinkclearly.models.quantization import quantization
-from thinkclearly.training.adapters import add_lora, train_fully
+from thinkclearly.training.adapters import add_lora, go_on_with, train_fully
 from thinkclearly.training.options import ModelArguments, Options
 
 
@@ -33,7 +34,7 @@ def build_checkpoint(model: ModelArguments) -> Checkpoint:
 def new_config(
     checkpoint: Checkpoint, settings: dict, instructions: list[str], clear_weight: float = 1.0
 ) -> ClearConfig:
-    """What the checkpoint of a run will say about itself.
+    """What the checkpoints of a run will say about themselves.
 
     Args:
         settings: decoding settings that the checkpoint brings along.
@@ -49,6 +50,11 @@ def new_config(
     )
 
 
+def adapter_config(options: Options) -> ClearConfig | None:
+    """What the fine-tune that training starts from says about itself; None where it starts from a base model."""
+    return read_clear_config(resolve(options.lora.adapter)) if options.lora.adapter else None
+
+
 def build_model(options: Options, checkpoint: Checkpoint, config: ClearConfig) -> InstructionModel:
     """Makes the checkpoint trainable: LoRA, or full fine-tuning when `lora_r` is 0."""
     model, lora = options.model, options.lora
@@ -56,9 +62,12 @@ def build_model(options: Options, checkpoint: Checkpoint, config: ClearConfig) -
         if model.load_in_4bit:
             raise ValueError("lora_r=0 with load_in_4bit: weights in 4 bits cannot learn; give one of them up")
         return train_fully(checkpoint, config, tuple(lora.train_parts))
+    base = str(Path(model.base_model).absolute()) if is_local(model.base_model) else model.base_model
+    if lora.adapter:
+        return go_on_with(checkpoint, base, resolve(lora.adapter), config)
     return add_lora(
         checkpoint,
-        str(Path(model.base_model).absolute()) if is_local(model.base_model) else model.base_model,
+        base,
         config,
         tuple(lora.train_parts),
         revision=model.model_revision,

@@ -1,28 +1,22 @@
 """SupervisedTrainer: transformers' Trainer with one weighted cross-entropy over codes, instructions and words.
 
-Knows how the loss is counted, logged, saved and resumed. Does not know where data come from, nor which instructions
+Knows how the loss is counted and logged. Does not know where data come from, nor which instructions
 there are: those of Janus-4o's training are none.
 """
 
 from __future__ import annotations
 
-import os
-
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from torchmetrics import MeanMetric
 
 from thinkclearly.data.collator import Collator
-from thinkclearly.files import replacing_in
 from thinkclearly.models.cross_entropy import Scores, weighted_loss
-from thinkclearly.models.finetunes import load_finetune
 from thinkclearly.models.instruction_head import InstructionModel
 from thinkclearly.models.janus.processor import JanusProcessor
-from thinkclearly.training.checkpoints import ResumableTrainer
+from thinkclearly.training.base import ModelTrainer
 
 
-class SupervisedTrainer(ResumableTrainer):
+class SupervisedTrainer(ModelTrainer):
     """Fine-tunes an `InstructionModel`.
 
     Besides the loss it logs the accuracy over all classes, and that of answers where there are any. Evaluation counts
@@ -49,25 +43,12 @@ class SupervisedTrainer(ResumableTrainer):
         answer_weight: float = 1.0,
         **kwargs,
     ):
-        super().__init__(model=model, data_collator=data_collator, **kwargs)
-        self.processor, self.vocabulary = processor, model.vocabulary
+        super().__init__(model=model, processor=processor, data_collator=data_collator, **kwargs)
+        self.vocabulary = model.vocabulary
         self.instruction_weight = self.eval_instruction_weight = instruction_weight
         self.answer_weight = answer_weight
         self.eval_collator = data_collator.without_dropout()
         self.train_accuracy = {name: MeanMetric().to(self.args.device) for name in ("accuracy", "answer_accuracy")}
-
-    @property
-    def weights_are_sharded(self) -> bool:
-        """Whether no process has the weights whole (FSDP, ZeRO-3), as editing, which is outside `forward`, needs."""
-        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        return self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3)
-
-    def create_accelerator_and_postprocess(self):
-        # accelerate shards over every kind of device but the CPU, where it would run DDP without a word.
-        state = PartialState._shared_state
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state["distributed_type"] == DistributedType.MULTI_CPU:
-            state["distributed_type"] = DistributedType.MULTI_XPU
-        super().create_accelerator_and_postprocess()
 
     # ---- the loss ----------------------------------------------------------------------------------------------
 
@@ -162,27 +143,6 @@ class SupervisedTrainer(ResumableTrainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         super().log({**logs, **self.train_metrics()} if "loss" in logs else logs, *args, **kwargs)
-
-    # ---- saving ------------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        if not self.args.should_save:
-            return
-        directory = output_dir or self.args.output_dir
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with replacing_in(directory) as folder:  # what is being pushed stays what it was
-            model.save_pretrained(folder, state_dict=state_dict)
-            self.processor.save_pretrained(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
-            load_finetune(model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def _model_inputs(inputs: dict) -> dict:
