@@ -5,12 +5,23 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN_ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
 from thinkclearly import images
-from thinkclearly.images import ImageError, Letterbox, load_image, load_mask, to_image, to_pixel_values
+from thinkclearly.images import (
+    ImageError,
+    Letterbox,
+    center_crop,
+    load_image,
+    load_mask,
+    to_image,
+    to_pixel_values,
+)
+from thinkclearly.models.load import load_checkpoint
 
 
 def encoded(image, format="PNG", **options):
@@ -265,3 +276,54 @@ def test_to_image_truncates():
     square = photo(96, 96)
     off = np.abs(np.asarray(to_image(to_pixel_values(square)[0])).astype(int) - np.asarray(square))
     assert off.max() <= 1
+
+
+# The middle of a picture
+
+ADM = GOLDEN_ROOT / "focusdiff_tiny"
+
+
+@pytest.fixture(scope="module")
+def crops():
+    if not ADM.is_dir():
+        pytest.skip(f"{GOLDEN_ROOT} has no such set")
+    return {key[4:]: value for key, value in load_file(ADM / "expected.safetensors").items() if key.startswith("adm.")}
+
+
+def pattern(width, height):
+    y, x, channel = np.mgrid[:height, :width, :3]
+    return Image.fromarray(np.uint8((3 * y + 5 * x + 60 * channel) % 256))
+
+
+@pytest.mark.golden
+def test_the_middle_is_that_of_the_original(crops, sizes):
+    names = [key.split(".")[0] for key in crops if key.startswith("pattern_")]
+    assert names
+    for name in names:
+        cropped = center_crop(pattern(*map(int, name.removeprefix("pattern_").split("x"))), sizes.side)
+        assert np.array_equal(cropped, crops[f"{name}.crop_uint8"]), name
+
+
+@pytest.mark.golden
+def test_the_middle_of_photos_and_its_pixels_are_those_of_the_original(crops, golden, name, sizes):
+    cropped = center_crop(load_image(golden / "images" / f"{name}.png"), sizes.side)
+    assert np.array_equal(cropped, crops[f"{name}.crop_uint8"])
+    torch.testing.assert_close(to_pixel_values(cropped)[0], crops[f"{name}.pixel_values"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.golden
+def test_the_codes_of_the_middle_are_those_of_the_original(crops, golden, name, sizes):
+    checkpoint = load_checkpoint(str(golden / "checkpoint"))
+    cropped = center_crop(load_image(golden / "images" / f"{name}.png"), sizes.side)
+    codes = checkpoint.token_model.encode(checkpoint.processor.pixel_values([cropped]))
+    assert torch.equal(codes[0].long(), crops[f"{name}.image_ids"].long())
+
+
+@pytest.mark.parametrize("size", [(64, 64), (63, 200), (128, 128), (1000, 129), (20, 10)])
+def test_the_middle_is_a_square_around_the_centre(size):
+    width, height = size
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, width // 2 :, 0] = pixels[height // 2 :, :, 1] = 255
+    cropped = np.asarray(center_crop(Image.fromarray(pixels), 64)).astype(int)
+    assert cropped.shape == (64, 64, 3)
+    assert abs((cropped[..., 0] > 127).mean() - 0.5) < 0.06 and abs((cropped[..., 1] > 127).mean() - 0.5) < 0.06

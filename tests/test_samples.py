@@ -201,5 +201,47 @@ def test_held_out_samples_share_no_picture_with_those_trained_on(checkpoint, tmp
 
 
 def test_a_source_of_photo_pairs_alone_is_refused(checkpoint):
-    with pytest.raises(ValueError, match="shapes has photo pairs alone"):
-        build_samples(DataArguments(source="shapes"), checkpoint)
+    with pytest.raises(ValueError, match="magicbrush has photo pairs alone; --method sft reads sharegpt4o, captions"):
+        build_samples(DataArguments(source="magicbrush"), checkpoint)
+
+
+# Pairs of prompts, each picture of which is drawn from its own
+
+
+def pairs_of(folder, *more):
+    """Five pairs with pictures, and more records."""
+    pairs = [
+        {f"{what}{i}": f"{2 * n + i - 1}{end}" for i in (1, 2) for what, end in (("prompt", ""), ("image", ".png"))}
+        for n in range(5)
+    ]
+    path = write(folder, [*pairs, *more])
+    return {"source": "pairs", "path": str(path), "prepared_dir": str(folder / "prepared")}
+
+
+def test_each_picture_of_a_pair_is_drawn_from_its_prompt(checkpoint, tmp_path, encoded_pictures):
+    options = pairs_of(tmp_path)
+    for _ in range(2):
+        found = build_samples(DataArguments(**options, eval_samples=2), checkpoint)
+        assert sum(encoded_pictures) == 10  # and found again
+    assert (len(found.train), len(found.test)) == (6, 4) and found.calibration is None
+    for row in (*found.train, *found.test):
+        assert row["output_tokens"] == codes(checkpoint, int(row["instruction"])).tolist()
+        assert row["input_tokens"] == [] and row["answer"] is None
+    partners = [{key.split(".json")[1].split(".")[0] for key in part["key"]} for part in (found.train, found.test)]
+    assert not set.intersection(*partners) and sum(map(len, partners)) == 5
+
+
+def test_pairs_without_pictures_cannot_be_drawn_from(checkpoint, tmp_path):
+    options = pairs_of(tmp_path, {"prompt1": "a star", "prompt2": "a square"})
+    with pytest.raises(BadRecord, match=r"^data.json\[5\].1: found neither, expected a picture to draw or an answer"):
+        build_samples(DataArguments(**options, eval_samples=0), checkpoint)
+    found = build_samples(DataArguments(**options, eval_samples=0, on_bad_record="skip"), checkpoint)
+    assert len(found.train) == 10 and found.test is None
+
+
+def test_the_built_in_shapes_are_drawn_from_their_captions(checkpoint, tmp_path):
+    data = DataArguments(shapes_size=32, limit=6, eval_samples=2, prepared_dir=str(tmp_path))
+    found = build_samples(data, checkpoint)
+    assert (len(found.train), len(found.test)) == (12, 4)
+    assert all(text.endswith("background") for text in found.train["instruction"])
+    assert {len(row["output_tokens"]) for row in (*found.train, *found.test)} == {N}

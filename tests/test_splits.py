@@ -15,9 +15,10 @@ from thinkclearly.data import sources
 from thinkclearly.data.encode import INFO_FILE
 from thinkclearly.data.jsonl import write_jsonl
 from thinkclearly.data.options import DataArguments
+from thinkclearly.data.pairs import PROMPTS
 from thinkclearly.data.prepare import prepare_dataset
 from thinkclearly.data.sources import EditExample, write_folder
-from thinkclearly.data.splits import PARTS, build_data, held_out_counts, read_rows
+from thinkclearly.data.splits import PARTS, build_data, build_prompts, held_out_counts, read_rows
 from thinkclearly.images import load_image
 from thinkclearly.models.janus.model import Janus
 from thinkclearly.models.load import load_checkpoint
@@ -256,3 +257,75 @@ def test_words_limit_and_shuffling_choose_the_records(source, everything, checkp
     assert len(shuffled) == 5 and shuffled == chosen(shuffle=True, limit=5) != [f"edit {i}" for i in range(5)]
     with pytest.raises(ValueError, match="none of 24 records is left; relax include and exclude"):
         chosen(include=["zebra"])
+
+
+# Prompts to draw
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """Pairs over eight pictures, each with its neighbour or with the one after, and lines that repeat some prompts."""
+    for i in range(8):
+        photo(i).save(tmp_path / f"{i}.png")
+    pairs = [
+        {"prompt1": f"pair {i} a", "prompt2": f"pair {i} b", "image1": f"{2 * (i % 4)}.png", "image2": f"{end}.png"}
+        for i, end in enumerate([1, 3, 5, 7] * 3)
+    ]
+    bare = [{"prompt1": f"bare {i}", "prompt2": f"pair {i} a"} for i in range(4)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs + bare))
+    (tmp_path / "lines.txt").write_text("\n".join([f"line {i}" for i in range(6)] + ["pair 5 b", "line 0"]))
+    return {"source": "pairs", "path": str(tmp_path / "pairs.json")}
+
+
+def words_of(part):
+    return {text for row in part for text in row["prompts"]}
+
+
+def test_no_prompt_and_no_picture_is_on_both_sides_of_a_boundary(drawn, tmp_path):
+    for seed in range(5):
+        data = DataArguments(**drawn, eval_samples=8, split_seed=seed)
+        found = build_prompts(data, str(tmp_path / "lines.txt"))
+        assert len(found.train) + len(found.test) == 24 and 0 < len(found.test) <= 8
+        assert found.calibration is None and found.train.features == found.test.features == PROMPTS
+        assert disjoint([words_of(part) for part in (found.train, found.test)])
+        pictures = [{p["path"] for row in part for p in row["images"]} for part in (found.train, found.test)]
+        assert disjoint(pictures) and len(set.union(*pictures)) == 8
+
+
+def test_pictures_in_a_table_are_told_apart_by_their_bytes(tmp_path):
+    captions = {side: [f"{side} {i}" for i in range(12)] for side in ("source_caption", "target_caption")}
+    pictures = {side: [photo(i % 4 + n) for i in range(12)] for n, side in ((0, "source_image"), (50, "edited_image"))}
+    features = {name: Value("string") for name in captions} | dict.fromkeys(pictures, ImageFeature())
+    Dataset.from_dict({**captions, **pictures}, Features(features)).to_parquet(tmp_path / "table.parquet")
+    found = build_prompts(DataArguments(source="pairs", path=str(tmp_path / "table.parquet"), eval_samples=3))
+    assert (len(found.train), len(found.test)) == (9, 3)
+    assert disjoint([{p["bytes"] for row in part for p in row["images"]} for part in (found.train, found.test)])
+
+
+def test_words_limit_and_shuffling_choose_the_prompts(drawn, tmp_path):
+    def chosen(**choice):
+        data = DataArguments(**drawn, eval_samples=0, **choice)
+        return [" | ".join(prompts) for prompts in build_prompts(data, str(tmp_path / "lines.txt")).train["prompts"]]
+
+    assert chosen(include=["PAIR 5"], exclude=["5 a"]) == ["pair 5 b"]  # any prompt of a pair counts
+    assert chosen(include=["bare"], limit=2) == ["bare 0 | pair 0 a", "bare 1 | pair 1 a"]
+    shuffled = chosen(shuffle=True, limit=5)
+    assert len(shuffled) == 5 and shuffled == chosen(shuffle=True, limit=5) != chosen(limit=5)
+    with pytest.raises(ValueError, match="none of 24 records is left; relax include and exclude"):
+        chosen(include=["zebra"])
+
+
+def test_built_in_pairs_have_parts_of_their_own():
+    found = build_prompts(DataArguments(limit=12, eval_samples=6, shapes_size=32))
+    assert (len(found.train), len(found.test)) == (12, 6) and disjoint([words_of(found.train), words_of(found.test)])
+    again = build_prompts(DataArguments(limit=6, eval_samples=0, shapes_size=32))
+    assert again.test is None and again.train[:] == found.train[:6]
+
+
+def test_what_means_nothing_for_prompts_is_refused(drawn, tmp_path):
+    with pytest.raises(ValueError, match="source: magicbrush has no prompts to draw and reward; expected pairs or"):
+        build_prompts(DataArguments(source="magicbrush"))
+    with pytest.raises(ValueError, match="photos_folder and prompts_path mean nothing here"):
+        build_prompts(DataArguments(photos_folder=str(tmp_path)))
+    with pytest.raises(ValueError, match="photos_folder and prompts_path mean nothing here"):
+        build_prompts(DataArguments(), str(tmp_path / "lines.txt"))

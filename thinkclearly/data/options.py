@@ -6,14 +6,16 @@ from dataclasses import MISSING, dataclass, fields
 
 from thinkclearly.recipe import check_choice, option
 
-SOURCES = ("shapes", "magicbrush", "folder", "sharegpt4o", "captions", "jsonl", "prepared")
+SOURCES = ("shapes", "magicbrush", "folder", "sharegpt4o", "captions", "pairs", "jsonl", "prepared")
 # Data options that not every source can use: given to another one, they would be ignored.
 _USED_BY = {
     **dict.fromkeys(("shapes_size", "photos_folder"), ("shapes",)),
-    **dict.fromkeys(("split", "turn_index", "streaming"), ("magicbrush",)),
+    **dict.fromkeys(("turn_index", "streaming"), ("magicbrush",)),
+    "split": ("magicbrush", "pairs"),
     **dict.fromkeys(("path", "shuffle", "include", "exclude", "match"), SOURCES[1:]),
     **dict.fromkeys(
-        ("clear_label", "pixel_tolerance", "cache_features"), tuple(name for name in SOURCES if name != "jsonl")
+        ("clear_label", "pixel_tolerance", "cache_features"),
+        tuple(name for name in SOURCES if name not in ("jsonl", "pairs")),
     ),
 }
 
@@ -24,7 +26,8 @@ class DataArguments:
 
     source: str = option(
         "shapes",
-        "shapes (built in), magicbrush, folder (sample_XXXX), sharegpt4o (JSON), captions, jsonl, or prepared.",
+        "shapes (built in), magicbrush, folder (sample_XXXX), sharegpt4o (JSON), captions, pairs (of prompts, JSON), "
+        "jsonl, or prepared.",
     )
     path: str | None = option(None, "Folder, file or Hub id of the data; not needed for shapes.")
     split: str = option("train", "Split of a Hub data set.")

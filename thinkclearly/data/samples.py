@@ -47,7 +47,8 @@ def read_sample(row: Mapping) -> Sample:
         raise BadRecord(f"{key}: the words are empty; expected a prompt, an instruction or a question.")
     answer = row["answer"]
     if (row["target"] is None) == (answer is None):
-        raise BadRecord(f"{key}: expected a picture to draw or an answer, and not both.")
+        found = "neither" if answer is None else "both"
+        raise BadRecord(f"{key}: found {found}, expected a picture to draw or an answer, and not both.")
     if answer is not None and not answer.strip():
         raise BadRecord(f"{key}: the answer is empty; expected words.")
     try:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -202,7 +203,8 @@ def sharegpt4o(path: str | os.PathLike, limit: int | None = None) -> datasets.Da
 
 def dataset_of_files(rows: list[dict], features: datasets.Features = FEATURES) -> datasets.Dataset:
     """Rows of paths. A picture that changes on disk changes the fingerprint, so that no `map` reuses stale results."""
-    pictures = [p for row in rows for p in [*row.get("sources", []), *map(row.get, ("source", "target", "mask"))] if p]
+    lists, single = ("sources", "images"), ("source", "target", "mask")
+    pictures = [p for row in rows for p in [*chain(*(row.get(n, []) for n in lists)), *map(row.get, single)] if p]
     paths = [picture["path"] for picture in pictures]
     stamps = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, filter(os.path.exists, paths))]
     digest = hashlib.sha256(repr(stamps).encode()).hexdigest()

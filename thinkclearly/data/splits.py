@@ -5,7 +5,9 @@ Knows every source. Does not know what the records are for.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from huggingface_hub import snapshot_download
 
 from thinkclearly.data import sources
@@ -22,6 +24,7 @@ from thinkclearly.data.groups import group_records, hold_out, token_origins
 from thinkclearly.data.jsonl import read_jsonl
 from thinkclearly.data.magicbrush import magicbrush
 from thinkclearly.data.options import DataArguments
+from thinkclearly.data.pairs import pair_samples, read_pairs, shape_pairs
 from thinkclearly.data.prepare import label_dataset, prepare_dataset, prepare_samples
 from thinkclearly.data.samples import captioned_pictures, sharegpt4o_samples
 from thinkclearly.data.sources import PARTS
@@ -31,6 +34,7 @@ from thinkclearly.models.load import Checkpoint
 logger = logging.getLogger(__name__)
 
 SHAPES = 2000  # built-in edits to train on where no limit is given
+SHAPE_PAIRS = 600  # pairs of captions, likewise
 
 
 @dataclass
@@ -86,16 +90,75 @@ def build_data(
 
 
 def build_samples(data: DataArguments, checkpoint: Checkpoint) -> PreparedData:
-    """Reads, tokenizes and splits the records of supervised training: pictures from words, edits, answers."""
-    if data.source not in ("sharegpt4o", "captions"):
-        raise ValueError(f"source: {data.source} has photo pairs alone; --method sft reads sharegpt4o or captions")
+    """Reads, tokenizes and splits the records of supervised training: pictures from words, edits, answers.
+
+    Of pairs (`build_prompts`), each picture is drawn from its prompt, and `eval_samples` and `limit` count pairs.
+    """
+    if data.source not in ("sharegpt4o", "captions", "pairs", "shapes"):
+        known = "sharegpt4o, captions, pairs or shapes"
+        raise ValueError(f"source: {data.source} has photo pairs alone; --method sft reads {known}")
     _tokenizer_to_device(checkpoint)
+    if data.source in ("pairs", "shapes"):
+        return _samples_of_pairs(data, checkpoint)
     with PartialState().main_process_first():
         read = sharegpt4o_samples if data.source == "sharegpt4o" else captioned_pictures
         rows = select_rows(read(data.path), data)
     records = prepare_samples(rows, checkpoint, data.prepared_dir, **_encoding(data))
     with PartialState().main_process_first():
         return split_records(records, None, replace(data, calibration_edits=0), ("train", "test"))
+
+
+def _samples_of_pairs(data: DataArguments, checkpoint: Checkpoint) -> PreparedData:
+    found, samples = build_prompts(data), PreparedData()
+    for part in [part for part in ("train", "test") if getattr(found, part) is not None]:
+        with PartialState().main_process_first():
+            rows = pair_samples(getattr(found, part))
+        setattr(samples, part, prepare_samples(rows, checkpoint, data.prepared_dir, **_encoding(data)))
+    return samples
+
+
+def build_prompts(data: DataArguments, prompts_path: str | None = None) -> PreparedData:
+    """Reads and splits what is to be drawn and rewarded: `data.pairs.PROMPTS`, parts train and test.
+
+    No prompt and no picture is in both parts; pictures of files are told apart by their paths.
+
+    Args:
+        prompts_path: a text file of single prompts that are mixed in.
+
+    Raises:
+        ValueError: a source without pairs, an option that the built-in shapes have no use for, or too few records.
+    """
+    if data.source not in ("pairs", "shapes"):
+        raise ValueError(f"source: {data.source} has no prompts to draw and reward; expected pairs or shapes")
+    with PartialState().main_process_first():
+        if data.source == "shapes":
+            return _build_shape_pairs(data, prompts_path)
+        rows = read_pairs(data.path, data.on_bad_record, data.split)
+        if prompts_path:
+            rows = concatenate_datasets([rows, read_pairs(prompts_path, data.on_bad_record)])
+        rows = select_rows(rows, data)
+        return split_records(rows, None, data, ("train", "test"), _origins_of_pairs(rows))
+
+
+def _build_shape_pairs(data: DataArguments, prompts_path: str | None) -> PreparedData:
+    if data.photos_folder or prompts_path:
+        raise ValueError(
+            "source: shapes draws pairs on plain backgrounds that captions name, and rewards what it knows the scene "
+            "of: photos_folder and prompts_path mean nothing here. For your own prompts use source: pairs"
+        )
+    options = {"seed": data.split_seed, "size": data.shapes_size}
+    train = shape_pairs(data.limit or SHAPE_PAIRS, "train", **options)
+    return PreparedData(train, test=shape_pairs(data.eval_samples, "test", **options) if data.eval_samples else None)
+
+
+def _origins_of_pairs(rows: Dataset) -> list[list[str]]:
+    """What each record must not be split from: its prompts and its pictures."""
+
+    def name(picture: dict) -> str:
+        content = picture["bytes"]
+        return os.path.realpath(picture["path"]) if content is None else hashlib.sha256(content).hexdigest()
+
+    return [[*prompts, *map(name, images)] for prompts, images in zip(rows["prompts"], rows["images"])]
 
 
 def _encoding(data: DataArguments) -> dict:
@@ -161,10 +224,11 @@ def _read_tokens(data: DataArguments, checkpoint: Checkpoint, instructions: Sequ
 
 
 def select_rows(rows: Dataset, data: DataArguments) -> Dataset:
-    """The first `limit` records whose instructions are wanted, shuffled before where that is asked for."""
+    """The first `limit` records whose words are wanted, shuffled before where that is asked for."""
     if data.include or data.exclude:
         words = (data.include, data.exclude, data.match)
-        wanted = [i for i, text in enumerate(rows["instruction"]) if sources.keeps(text, *words)]
+        texts = map("\n".join, rows["prompts"]) if "prompts" in rows.column_names else rows["instruction"]
+        wanted = [i for i, text in enumerate(texts) if sources.keeps(text, *words)]
         if not wanted:
             raise ValueError(f"{data.path}: none of {len(rows)} records is left; relax include and exclude.")
         rows = rows.select(wanted)
@@ -173,19 +237,24 @@ def select_rows(rows: Dataset, data: DataArguments) -> Dataset:
 
 
 def split_records(
-    records: Dataset, rows: Dataset | None, data: DataArguments, parts: Sequence[str] = PARTS
+    records: Dataset,
+    rows: Dataset | None,
+    data: DataArguments,
+    parts: Sequence[str] = PARTS,
+    origins: Sequence[Sequence[str]] | None = None,
 ) -> PreparedData:
     """Holds records out for calibration and test: whole groups of those that share a picture or a session.
 
     Args:
-        records: labelled, with `key` and `origins`.
+        records: labelled or prompts, with `key` and `origins`.
         rows: the photo pairs that they came from; those that were skipped are in none of the parts.
+        origins: instead of the records' own.
     """
     wanted = {"test": data.eval_samples, "calibration": data.calibration_edits}
     if "source" not in records.column_names:
         wanted["calibration"] = 0  # which edits pictures
     counts = {part: count for part, count in held_out_counts(len(records), wanted).items() if count}
-    groups = group_records(records["origins"][:])
+    groups = group_records(records["origins"][:] if origins is None else origins)
     found = dict(zip(counts, hold_out(groups, list(counts.values()), data.split_seed)))
     for part, count in counts.items():
         if not len(found[part]):
