@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from thinkclearly.data import shapes
+from thinkclearly.data import photographs, shapes
 from thinkclearly.data.shapes import (
     OPERATIONS,
     PALETTE,
@@ -14,6 +14,7 @@ from thinkclearly.data.shapes import (
     SHAPES,
     WORDINGS,
     Scene,
+    ShapeEdit,
     edit_scene,
     packaged_photos,
     picture_size,
@@ -151,7 +152,7 @@ def test_photographs():
 
 
 def test_missing_photographs(monkeypatch):
-    monkeypatch.setattr(shapes, "find_spec", lambda package: None)
+    monkeypatch.setattr(photographs, "find_spec", lambda package: None)
     with pytest.raises(ImportError, match="photographs that skimage ships.*photos_folder"):
         packaged_photos("train")
 
@@ -269,3 +270,17 @@ def test_a_packaged_photograph_is_found_in_another_installation():
 def test_a_photograph_of_ones_own_stays_where_it_is(tmp_path):
     scene = Scene(shapes.Background(photo=str(tmp_path / "china.jpg")), ())
     assert Scene.from_json(scene.to_json()) == scene
+
+
+def test_a_scene_names_no_module_to_import():
+    text = Scene(shapes.Background(), ()).to_json().replace('"photo": ""', '"photo": ["this", "data.png"]')
+    with pytest.raises(ValueError, match="none of the photographs that ship"):
+        Scene.from_json(text)
+
+
+def test_an_edit_comes_back_from_json(edits):
+    for operation, examples in edits.items():
+        for edit, source, target, mask in examples[:3]:
+            back = ShapeEdit.from_json(edit.to_json())
+            assert back == edit, operation
+            assert [p.tobytes() for p in back.render(*source.size)] == [p.tobytes() for p in (source, target, mask)]

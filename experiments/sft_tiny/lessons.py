@@ -114,5 +114,5 @@ def _shows_something_new(lesson: Lesson) -> bool:
 def _shows_all(picture: Image.Image, scene: Scene) -> bool:
     """Every shape in its colour, place and outline, and the background's colour on most of the free area."""
     pixels = np.asarray(picture.convert("RGB"))
-    ground = shapes._background_share(pixels, scene) >= 0.75
-    return bool(ground and all(shapes._shows(pixels, shape, scene) for shape in scene.shapes))
+    ground = shapes.background_share(pixels, scene) >= 0.75
+    return bool(ground and all(shapes.shows(pixels, shape, scene) for shape in scene.shapes))

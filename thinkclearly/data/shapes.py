@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache
-from importlib.util import find_spec
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from thinkclearly.images import load_image
+from thinkclearly.data.photographs import PACKAGED_PHOTOS, open_photo, packaged_photo
 
 PALETTE = {
     "red": (214, 39, 40),
@@ -33,25 +32,6 @@ SHAPES = ("circle", "square", "triangle", "star")
 ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 PLACES = tuple(f"{row} {column}".strip() or "center" for row in ROWS for column in COLUMNS)
 OPERATIONS = ("recolour", "remove", "add", "move", "replace", "background")
-
-# Photographs that scikit-image and this package ship (docs/credits.md); each part of the data draws on its own.
-PACKAGED_PHOTOS = {
-    "train": (
-        ("skimage", "data/astronaut.png"),
-        ("skimage", "data/coffee.png"),
-        ("skimage", "data/motorcycle_left.png"),
-        ("skimage", "data/rocket.jpg"),
-        ("skimage", "data/grass.png"),
-        ("skimage", "data/brick.png"),
-        ("thinkclearly", "photographs/china.jpg"),
-    ),
-    "calibration": (
-        ("skimage", "data/hubble_deep_field.jpg"),
-        ("skimage", "data/ihc.png"),
-        ("skimage", "data/retina.jpg"),
-    ),
-    "test": (("skimage", "data/chelsea.png"), ("thinkclearly", "photographs/flower.jpg")),
-}
 
 WORDINGS = {
     "recolour": (
@@ -147,7 +127,7 @@ class Background:
 
     def render(self, width: int, height: int) -> np.ndarray:
         if self.photo:
-            photo = _photo(self.photo)
+            photo = open_photo(self.photo)
             box = tuple(c * s for c, s in zip(self.crop, photo.size * 2))
             return np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
         if len(self.colours) == 1:
@@ -197,7 +177,7 @@ class Scene:
         ground = content["background"]
         ground["colours"], ground["crop"] = tuple(map(tuple, ground["colours"])), tuple(ground["crop"])
         if not isinstance(ground["photo"], str):
-            ground["photo"] = _packaged_photo(*ground["photo"])
+            ground["photo"] = packaged_photo(*ground["photo"])
         return Scene(Background(**ground), tuple(Shape(**shape) for shape in content["shapes"]))
 
 
@@ -228,34 +208,54 @@ class ShapeEdit:
         if _share_nearer(pixels, target, source, changed > 0) < 0.5:
             return False
         if self.operation == "background":
-            return bool(_background_share(pixels, self.after) >= 0.75)
+            return bool(background_share(pixels, self.after) >= 0.75)
         gone = [s for s in self.before.shapes if s not in self.after.shapes]
         new = [s for s in self.after.shapes if s not in self.before.shapes]
         replaced = {s.place for s in new}
-        return all(_shows(pixels, s, self.after) for s in new) and not any(
+        return all(shows(pixels, s, self.after) for s in new) and not any(
             _still_there(pixels, s, source, target) for s in gone if s.place not in replaced
         )
 
+    def to_json(self) -> str:
+        """For `from_json`."""
+        scenes = {name: getattr(self, name).to_json() for name in ("before", "after")}
+        return json.dumps({"operation": self.operation, "instruction": self.instruction, **scenes})
 
-def _has_colour(pixels: np.ndarray, colour: str, tolerance: float = 110.0) -> np.ndarray:
-    """Where `colour` is the palette's nearest and less than `tolerance` (Euclidean, 0-255) away; (..., 3) -> (...)."""
+    @staticmethod
+    def from_json(text: str) -> ShapeEdit:
+        """The edit that `to_json` wrote."""
+        content = json.loads(text)
+        scenes = {name: Scene.from_json(content[name]) for name in ("before", "after")}
+        return ShapeEdit(content["operation"], content["instruction"], **scenes)
+
+
+def nearest_colour(pixels: np.ndarray, tolerance: float) -> np.ndarray:
+    """Number in `PALETTE` of the nearest colour, -1 if none is less than `tolerance` (Euclidean, 0-255) away.
+
+    uint8 (..., 3) -> int (...).
+    """
     table = np.float32(list(PALETTE.values()))
     distance = np.linalg.norm(pixels[..., None, :].astype(np.float32) - table, axis=-1)
-    return (distance.argmin(-1) == list(PALETTE).index(colour)) & (distance.min(-1) < tolerance)
+    return np.where(distance.min(-1) < tolerance, distance.argmin(-1), -1)
 
 
-def _shows(pixels: np.ndarray, shape: Shape, scene: Scene) -> bool:
-    """Whether the shape's colour is there and no other outline fits clearly better at the same place.
+def has_colour(pixels: np.ndarray, colour: str, tolerance: float = 110.0) -> np.ndarray:
+    """Where `colour` is the palette's nearest and less than `tolerance` away; (..., 3) -> (...)."""
+    return nearest_colour(pixels, tolerance) == list(PALETTE).index(colour)
+
+
+def shows(pixels: np.ndarray, shape: Shape, scene: Scene) -> bool:
+    """Whether the shape's colour is there, uint8 (H, W, 3), and no other outline fits clearly better at its place.
 
     Where the scene without the shape has its colour anyway, the outline cannot be seen and is not judged.
     """
     height, width = pixels.shape[:2]
     left, top, right, bottom = shape.box(width, height)
-    match = _has_colour(pixels[top:bottom, left:right], shape.colour)
+    match = has_colour(pixels[top:bottom, left:right], shape.colour)
     if match[shape.coverage(width, height) > 0.9].mean() < 0.6:
         return False
     without = replace(scene, shapes=tuple(s for s in scene.shapes if s != shape)).render(width, height)
-    visible = ~_has_colour(np.asarray(without)[top:bottom, left:right], shape.colour, tolerance=150.0)
+    visible = ~has_colour(np.asarray(without)[top:bottom, left:right], shape.colour, tolerance=150.0)
     scores = {}
     for name in SHAPES:
         inside = replace(shape, name=name).coverage(width, height) > 0.5
@@ -279,37 +279,27 @@ def _share_nearer(pixels: np.ndarray, this: np.ndarray, other: np.ndarray, area:
     return float((to_this < to_other).mean())
 
 
-def _background_share(pixels: np.ndarray, scene: Scene) -> float:
-    height, width = pixels.shape[:2]
+def background_share(pixels: np.ndarray, scene: Scene) -> float:
+    """Share of the area without shapes that has the background's colour."""
+    return has_colour(pixels[free_area(scene, *pixels.shape[1::-1])], scene.background.name).mean()
+
+
+def free_area(scene: Scene, width: int, height: int) -> np.ndarray:
+    """Where no shape is, bool (height, width)."""
     free = np.ones((height, width), bool)
     for shape in scene.shapes:
         left, top, right, bottom = shape.box(width, height)
         free[top:bottom, left:right] &= shape.coverage(width, height) == 0
-    return _has_colour(pixels[free], scene.background.name).mean()
+    return free
 
 
 def _article(word: str) -> str:
     return "an" if word[:1] in "aeiou" else "a"
 
 
-@lru_cache(maxsize=32)
-def _photo(path: str) -> Image.Image:
-    return load_image(path)
-
-
 def packaged_photos(split: str = "train") -> list[str]:
     """Paths of the photographs that scikit-image and this package ship for "train", "calibration" or "test"."""
-    return [_packaged_photo(*pair) for pair in PACKAGED_PHOTOS[split]]
-
-
-def _packaged_photo(package: str, name: str) -> str:
-    spec = find_spec(package)
-    if spec is None:
-        raise ImportError(
-            f"The built-in shapes draw on photographs that {package} ships, and it is not installed. Run "
-            "`pip install scikit-image`, or give a folder of photographs (photos_folder)."
-        )
-    return str(Path(spec.origin).parent / name)
+    return [packaged_photo(*pair) for pair in PACKAGED_PHOTOS[split]]
 
 
 def random_scene(rng: np.random.Generator, photos: list[str], shapes: int | None = None) -> Scene:
@@ -317,7 +307,7 @@ def random_scene(rng: np.random.Generator, photos: list[str], shapes: int | None
     kind = rng.random()
     if kind < 0.5 and photos:
         path = photos[rng.integers(len(photos))]
-        width, height = _photo(path).size
+        width, height = open_photo(path).size
         side = rng.uniform(0.45, 1.0) * min(width, height)
         left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
         crop = (left / width, top / height, (left + side) / width, (top + side) / height)
