@@ -206,7 +206,7 @@ def test_a_killed_run_goes_on_and_other_towers_measure_anew(output, model, archi
 def test_results_of_other_settings_do_not_mix(output, model, archive, caplog):
     argv = ["magicbrush", "--model", model, "--path", archive, "--output_dir", output]
     assert run(*argv, "--temperature", 0.5) == 1
-    assert "holds edits made with" in caplog.text and "temperature" in caplog.text
+    assert "holds results made with" in caplog.text and "temperature" in caplog.text
 
 
 @pytest.mark.parametrize("changes", [{"edit": {"temperature": 0.5}}, {"clear_weight": 0.9}, {"gate_bias": 3.0}])
@@ -236,7 +236,7 @@ def test_a_quantized_run_is_not_the_models_own_result(model, pie, towers, tmp_pa
     assert run(*argv, "--output_dir", tmp_path / "small", "--load_in_8bit", "true") == 0 and not shared.exists()
     assert run(*argv, "--output_dir", tmp_path / "whole") == 0 and shared.exists()
     assert run(*argv, "--output_dir", tmp_path / "whole", "--load_in_8bit", "true") == 1
-    assert "holds edits made with" in caplog.text and "load_in_8bit=None (now True)" in caplog.text
+    assert "holds results made with" in caplog.text and "load_in_8bit=None (now True)" in caplog.text
 
 
 def test_a_part_is_called_a_part_and_goes_on_no_card(output, model, archive):

@@ -1,16 +1,25 @@
-"""Measure saved edits, `thinkclearly evaluate DIR`, or run a benchmark, `evaluate --benchmark magicbrush …`."""
+"""Measure saved edits, `thinkclearly evaluate DIR`, or run a benchmark, `evaluate --benchmark magicbrush …`.
+
+Benchmarks of edits: magicbrush, pie-bench. Of drawing, with options of their own: paircomp.
+"""
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from thinkclearly.commands.loading import LoadArguments, load_finetune, weights
+import yaml
+
+from thinkclearly.commands.loading import LoadArguments, load_any, load_finetune, weights
 from thinkclearly.editing.settings import SettingOverrides, given
 from thinkclearly.recipe import RecipeParser, option
 
-USAGE = "thinkclearly evaluate DIR\n       thinkclearly evaluate --benchmark NAME [--help] [--key value …]"
+USAGE = (
+    "thinkclearly evaluate DIR\n       thinkclearly evaluate [recipe.yaml] --benchmark NAME [--help] [--key value …]"
+)
 
 
 @dataclass
@@ -22,7 +31,7 @@ class EvaluateArguments(LoadArguments):
 
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if any(word.split("=")[0] == "--benchmark" for word in argv) or argv[:1] and argv[0].endswith((".yaml", ".yml")):
+    if any(word.split("=")[0] == "--benchmark" for word in argv) or argv[:1] and _is_recipe(argv[0]):
         return _benchmark(argv)
     from thinkclearly.evaluation.folder import evaluate_folder
 
@@ -33,9 +42,34 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _benchmark(argv: list[str]) -> None:
+    from thinkclearly.evaluation.benchmarks.drawn import NUM_IMAGES, DrawnArguments, run_drawn
     from thinkclearly.evaluation.benchmarks.run import BenchmarkArguments, run_benchmark
 
-    options = [BenchmarkArguments, EvaluateArguments, SettingOverrides]
+    drawn = _name(argv) in NUM_IMAGES
+    options = [DrawnArguments, LoadArguments] if drawn else [BenchmarkArguments, EvaluateArguments]
+    options.append(SettingOverrides)
     parser = RecipeParser(options, usage=USAGE, prog="thinkclearly evaluate", description=__doc__)
     arguments, model, overrides = parser.parse(argv)
-    run_benchmark(load_finetune(model), arguments, weights(model), given(overrides))
+    if drawn:
+        named = weights(model) | {"model": model.model or "tiny"}
+        run_drawn(load_any(model), arguments, named, given(overrides))
+    else:
+        run_benchmark(load_finetune(model), arguments, weights(model), given(overrides))
+
+
+def _is_recipe(word: str) -> bool:
+    return word.endswith((".yaml", ".yml"))
+
+
+def _name(argv: list[str]) -> str | None:
+    """The benchmark that the command line or its recipe names. What is wrong with either, the parser tells."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--benchmark", nargs="?")
+    name = finder.parse_known_args(argv)[0].benchmark
+    if name is None and _is_recipe(argv[0]):
+        try:
+            recipe = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return None
+        name = recipe.get("benchmark") if isinstance(recipe, dict) else None
+    return name

@@ -125,7 +125,7 @@ def edit_items(
     check_seed(seed)
     output_dir, state = Path(output_dir), PartialState()
     if state.is_main_process:
-        _claim(output_dir, run | editor.fingerprint(**overrides))
+        claim(output_dir, run | editor.fingerprint(**overrides))
     state.wait_for_everyone()
     mine = range(state.process_index, len(items), state.num_processes)
     finished = _finished(output_dir, items, mine, num_images)
@@ -269,8 +269,12 @@ def _edit(editor: Editor, batch: list[_Item], output_dir: Path, options: dict) -
         temporary.rename(folder)
 
 
-def _claim(output_dir: Path, run: dict) -> None:
-    """Results of different models and settings do not go into one folder."""
+def claim(output_dir: Path, run: dict) -> None:
+    """Keeps what the results in a folder come from, so that those of other models and settings do not join them.
+
+    Raises:
+        ValueError: the folder holds results of another run; the message names what is different.
+    """
     path, run = output_dir / RUN_FILE, strict(run)
     output_dir.mkdir(parents=True, exist_ok=True)
     if path.is_file():
@@ -280,7 +284,7 @@ def _claim(output_dir: Path, run: dict) -> None:
             other = [key for key in other if key not in ("model", "base")]
         if other:
             text = ", ".join(f"{key}={found.get(key)!r} (now {now.get(key)!r})" for key in other)
-            raise ValueError(f"{output_dir} holds edits made with {text}. Give another --output_dir, or remove it.")
+            raise ValueError(f"{output_dir} holds results made with {text}. Give another --output_dir, or remove it.")
     write_json(path, run)
 
 

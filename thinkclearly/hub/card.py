@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from thinkclearly.data.encode import Preparation
 from thinkclearly.evaluation.benchmarks.report import eval_results
-from thinkclearly.evaluation.benchmarks.run import SHARED_FOLDER
+from thinkclearly.evaluation.benchmarks.results import SHARED_FOLDER
 from thinkclearly.files import is_local
 from thinkclearly.instructions import CLEAR
 from thinkclearly.models.instruction_head import (

@@ -1,6 +1,6 @@
 """Numbers that others published on the field's benchmarks, each with its source; printed beside ours, never ours.
 
-Values are in the units of `metrics.COLUMNS`. `None` is what the source does not give.
+Values are in the units of each benchmark's columns. `None` is what the source does not give.
 """
 
 from __future__ import annotations
@@ -14,9 +14,28 @@ SOURCES = {
     "ViMA": "README of ViMAEdit, arXiv 2410.10496",
     "EditAR": "EditAR, arXiv 2501.04699, as quoted by a paper note; not checked against the paper",
     "KV": "KV-Edit, arXiv 2502.17363, as quoted by hyper.ai; not checked against the paper",
+    "FD": "README of github.com/wendell0218/FocusDiff; its public file has 550 pairs, it speaks of 924",
 }
 _MAGICBRUSH = ("l1", "l2", "clip_i", "dino", "clip_t")
 _PIE = ("structure", "psnr", "lpips", "mse", "ssim", "clip_whole", "clip_edited")
+# model, arithmetic, geometric: the averages alone
+_PAIRCOMP = [
+    ("Janus-FocusDiff-7B", 85.0, 83.5),
+    ("SD3-Medium", 84.4, 81.4),
+    ("Sana-1.5", 83.2, 80.0),
+    ("T2I-R1", 82.4, 79.3),
+    ("Janus-Pro-R1", 82.0, 79.2),
+    ("FLUX.1-dev", 80.3, 75.7),
+    ("BLIP3-o", 79.3, 75.5),
+    ("Infinity-8B", 77.0, 72.7),
+    ("Janus-Pro-7B", 75.5, 70.4),
+    ("Janus-FocusDiff-1B", 71.0, 68.1),
+    ("Emu3", 68.5, 63.2),
+    ("Janus-Pro-1B", 64.6, 59.2),
+    ("Show-o", 63.6, 59.1),
+    ("JanusFlow", 55.5, 49.0),
+    ("LlamaGen", 49.1, 42.3),
+]
 
 
 def _rows(names: tuple[str, ...], rows: list[tuple]) -> list[tuple[str, str, dict]]:
@@ -75,5 +94,9 @@ PUBLISHED: dict[str, dict[str, list[tuple[str, str, dict[str, float | None]]]]] 
                 ("KV-Edit (user's mask)", "KV", 1.98, 35.87, 9.92, None, None, 25.63, None),
             ],
         ),
+    },
+    "paircomp": {
+        f"{kind} mean": [(row[0], "FD", {"Average": row[column]}) for row in _PAIRCOMP]
+        for column, kind in enumerate(("arithmetic", "geometric"), start=1)
     },
 }

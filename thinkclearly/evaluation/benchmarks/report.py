@@ -6,40 +6,45 @@ import math
 
 from huggingface_hub import EvalResult
 
-from thinkclearly.evaluation.benchmarks.metrics import COLUMNS, TARGET
+from thinkclearly.evaluation.benchmarks import metrics, paircomp
+from thinkclearly.evaluation.benchmarks.metrics import TARGET
 from thinkclearly.evaluation.benchmarks.published import PUBLISHED, SOURCES
 from thinkclearly.reporting.tables import ROW_LABELS, format_number, markdown_table
 
-LABELS = ROW_LABELS | {TARGET: "the target itself"}
-NAMES = {"magicbrush": "MagicBrush", "pie-bench": "PIE-Bench"}
-DATASETS = {"magicbrush": "osunlp/MagicBrush", "pie-bench": "PIE-Bench"}
+LABELS = ROW_LABELS | {TARGET: "the target itself", "model": "this model"}
+NAMES = {"magicbrush": "MagicBrush", "pie-bench": "PIE-Bench", "paircomp": "PairComp"}
+DATASETS = {"magicbrush": "osunlp/MagicBrush"}
+COLUMNS = metrics.COLUMNS | {"paircomp": paircomp.COLUMNS}
+JUDGES = ("clip", "dino", "scorer")
 
 
 def report(results: dict) -> str:
     """Markdown: for each setting one table of our rows, then the published ones with their sources below.
 
     Args:
-        results: what `benchmark.run_benchmark` returns.
+        results: what `run.run_benchmark` and `drawn.run_drawn` return.
     """
     run = results["run"]
     name = run["benchmark"]
-    looked = ", ".join(f"{kind} {run[kind]}" for kind in ("clip", "dino") if run[kind] != "none")
+    looked = ", ".join(f"{kind} {run[kind]}" for kind in JUDGES if run.get(kind, "none") != "none")
     parts = [f"# {NAMES[name]}, {run['split']}", f"Model {run['model']}; {looked or 'no towers'}."]
+    parts += results.get("notes", [])
     if run["limit"] is not None:
         parts.append(f"**A part only** (limit {run['limit']}): not to be compared with whole runs.")
     if results["left_out"]:
         parts.append(f"**{results['left_out']} items are left out**: they could not be read or edited.")
     cited: dict[str, None] = {}
     for setting, rows in results["results"].items():
-        published = PUBLISHED[name].get(setting, [])
+        published = PUBLISHED.get(name, {}).get(setting, [])
         shown = [key for key in COLUMNS[name] if any(_number(row.get(key)) is not None for row in rows.values())]
         head = ["", "Pictures"] + [COLUMNS[name][key][0] for key in shown]
         ours = [[LABELS.get(key, key), str(row["pictures"])] + _cells(row, shown, name) for key, row in rows.items()]
         theirs = [[f"{method} [{source}]", ""] + _cells(values, shown, name) for method, source, values in published]
         cited |= dict.fromkeys(source for _, source, _ in published)
         parts += [f"## {setting.capitalize()}", markdown_table(head, ours + theirs)]
-    parts.append("Rows with a source are not our runs:")
-    parts.append("\n".join(f"- [{key}] {SOURCES[key]}" for key in cited))
+    if cited:
+        parts.append("Rows with a source are not our runs:")
+        parts.append("\n".join(f"- [{key}] {SOURCES[key]}" for key in cited))
     return "\n\n".join(parts) + "\n"
 
 
@@ -49,8 +54,8 @@ def eval_results(results: dict) -> list[EvalResult]:
     name = run["benchmark"]
     return [
         EvalResult(
-            task_type="image-to-image",
-            dataset_type=DATASETS[name],
+            task_type="image-to-image" if name in metrics.COLUMNS else "text-to-image",
+            dataset_type=DATASETS.get(name, NAMES[name]),
             dataset_name=NAMES[name],
             dataset_config=setting,
             dataset_split=run["split"],

@@ -7,7 +7,6 @@ Edits and measurements are kept item by item, so that the same command goes on w
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ import numpy as np
 import pyarrow.parquet
 from accelerate import PartialState
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from thinkclearly.data.benchmarks import PIE_SIDE, SESSIONS_FILE, decode_mask, magicbrush_turns, pie_bench
 from thinkclearly.data.sources import BadRecord, read_example
@@ -26,9 +24,10 @@ from thinkclearly.decoding.settings import check_seed
 from thinkclearly.editing.batch import ITEMS, TABLE_FILE, edit_items
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.benchmarks import metrics
-from thinkclearly.evaluation.benchmarks.report import report
+from thinkclearly.evaluation.benchmarks.drawn import NUM_IMAGES
+from thinkclearly.evaluation.benchmarks.results import MEASURED_FILE, Place, measure_each, write_results
 from thinkclearly.evaluation.benchmarks.towers import Clip, Dino
-from thinkclearly.files import is_local, strict, write_json, write_text
+from thinkclearly.files import is_local, strict
 from thinkclearly.images import MASK_THRESHOLD, ImageError, load_image
 from thinkclearly.models.instruction_head import head_digest
 from thinkclearly.recipe import check_choice, option
@@ -39,7 +38,6 @@ METHODS = ("raw_model", "pixel_composite")
 # What the authors of each benchmark look with.
 CLIPS = {"magicbrush": "openai/clip-vit-base-patch32", "pie-bench": "openai/clip-vit-large-patch14"}
 DINOS = {"magicbrush": "facebook/dino-vits16", "pie-bench": "facebook/dino-vitb8"}
-MEASURED_FILE, RESULTS_FILE, REPORT_FILE, SHARED_FOLDER = "measured.jsonl", "results.json", "results.md", "benchmarks"
 
 
 @dataclass
@@ -59,7 +57,7 @@ class BenchmarkArguments:
     lpips: bool = option(False, "pie-bench: LPIPS too; needs torchvision, which fetches SqueezeNet.")
 
     def __post_init__(self):
-        check_choice("benchmark", self.benchmark, tuple(CLIPS))
+        check_choice("benchmark", self.benchmark, (*CLIPS, *NUM_IMAGES))
         check_choice("on_bad_record", self.on_bad_record, ("error", "skip"))
         check_seed(self.seed)
         if self.benchmark == "pie-bench" and self.path is None:
@@ -125,15 +123,9 @@ def run_benchmark(editor: Editor, arguments: BenchmarkArguments, model: dict, se
         "left_out": left_out,
         "results": summaries,
     }
-    text = report(results)
-    folder = Path(arguments.output_dir)
-    write_json(folder / RESULTS_FILE, results)
-    write_text(folder / REPORT_FILE, text)
-    logger.info("%s, %s\n\n%s", folder / RESULTS_FILE, folder / REPORT_FILE, text)
     quantized = model.get("load_in_8bit") or model.get("load_in_4bit")
-    if is_local(str(model["model"])) and arguments.limit is None and not (left_out or settings or quantized):
-        write_json(Path(model["model"]) / SHARED_FOLDER / f"{arguments.benchmark}.json", results)
-    return strict(results)
+    own = is_local(str(model["model"])) and arguments.limit is None and not (left_out or settings or quantized)
+    return write_results(Path(arguments.output_dir), results, Path(model["model"]) if own else None)
 
 
 def _magicbrush(editor: Editor, arguments: BenchmarkArguments, run: dict, settings: dict):
@@ -224,32 +216,22 @@ def _edit(
     return {row["key"]: {method: folder / row[method] for method in METHODS} for row in table.to_pylist()}
 
 
-def _measure(cases: list[Case], path: Path, header: dict, arguments: BenchmarkArguments) -> dict[tuple, dict]:
-    """(setting, key) → row → column → number; kept line by line under a header that says what they depend on."""
-    lines, now = _read_measured(path, header), {(case.setting, case.key): case.fingerprint() for case in cases}
-    # A case that is not asked for this time, under a limit, is kept.
-    lines = {
-        place: line for place, line in lines.items() if line["fingerprint"] == now.get(place, line["fingerprint"])
-    }
-    write_text(path, "".join(json.dumps(line) + "\n" for line in [header, *lines.values()]))
-    measured = {place: line["rows"] for place, line in lines.items()}
-    todo = [case for case in cases if (case.setting, case.key) not in measured]
-    measure = _instrument(arguments) if todo else None
-    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(cases), desc="measure", unit="item") as bar:
-        bar.update(len(cases) - len(todo))
-        for start in range(0, len(todo), arguments.batch_size):
-            batch = todo[start : start + arguments.batch_size]
-            batch = [(case, item) for case in batch if (item := _load(case, arguments)) is not None]
-            if not batch:
-                continue
-            for (case, _), rows in zip(batch, measure([item for _, item in batch])):
-                place = case.setting, case.key
-                measured[place] = rows
-                line = {"setting": case.setting, "key": case.key, "fingerprint": now[place], "rows": rows}
-                file.write(json.dumps(line) + "\n")
-            file.flush()
-            bar.update(len(batch))
-    return measured
+def _measure(cases: list[Case], path: Path, header: dict, arguments: BenchmarkArguments) -> dict[Place, dict]:
+    """(setting, key) → row → column → number, for what could be read."""
+    known = {(case.setting, case.key): case for case in cases}
+
+    def instrument():
+        measure = _instrument(arguments)
+
+        def batch(places):
+            items = {place: item for place in places if (item := _load(known[place], arguments)) is not None}
+            return dict(zip(items, measure(list(items.values())))) if items else {}
+
+        return batch
+
+    return measure_each(
+        path, header, {p: case.fingerprint() for p, case in known.items()}, instrument, arguments.batch_size
+    )
 
 
 def _load(case: Case, arguments: BenchmarkArguments) -> metrics.Item | None:
@@ -260,20 +242,6 @@ def _load(case: Case, arguments: BenchmarkArguments) -> metrics.Item | None:
             raise
         logger.warning("%s is left out: %s", case.key, error)
         return None
-
-
-def _read_measured(path: Path, header: dict) -> dict[tuple, dict]:
-    """Lines that an earlier call wrote under the same header; one that was cut short is measured again."""
-    found: dict[tuple, dict] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    try:
-        if not lines or json.loads(lines[0]) != json.loads(json.dumps(header)):
-            return {}
-        for line in map(json.loads, lines[1:]):
-            found[line["setting"], line["key"]] = line
-    except ValueError:
-        logger.warning("%s ends in the middle of a line; going on from there", path)
-    return found
 
 
 def _instrument(arguments: BenchmarkArguments) -> Callable[[list[metrics.Item]], list[dict]]:

@@ -1,0 +1,183 @@
+"""Runs a model over a benchmark of drawing and measures it: `thinkclearly evaluate --benchmark NAME`.
+
+Pictures and measurements are kept one by one, so that the same command goes on where it stopped. What is measured is
+the business of each benchmark's own module, how it reads `report`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import PartialState
+from PIL import Image
+
+from thinkclearly.decoding.settings import check_seed
+from thinkclearly.editing.editor import Editor
+from thinkclearly.evaluation.benchmarks import paircomp
+from thinkclearly.evaluation.benchmarks.drawing import Prompt, draw_prompts
+from thinkclearly.evaluation.benchmarks.results import MEASURED_FILE, measure_each, write_results
+from thinkclearly.evaluation.benchmarks.vqa import QUESTION, VqaScorer
+from thinkclearly.files import is_local, strict, write_json
+from thinkclearly.images import load_image
+from thinkclearly.models.instruction_head import HEAD_FILE, head_digest
+from thinkclearly.recipe import check_choice, option
+
+logger = logging.getLogger(__name__)
+
+PICTURES, SCORES_FILE = "pictures", "scores.json"
+# benchmark → pictures a prompt, as its authors have it
+NUM_IMAGES = {"paircomp": 2}
+JUDGES = {"paircomp": ("scorer",)}  # options that name what looks at the pictures
+
+
+@dataclass
+class DrawnArguments:
+    """A benchmark of drawing: pictures from prompts, measured."""
+
+    benchmark: str = option("paircomp", f"{', '.join(NUM_IMAGES)}.")
+    path: str | None = option(None, "paircomp: its JSON file.")
+    output_dir: str = option("outputs/benchmark", "Where pictures, measurements and results go.")
+    limit: int | None = option(None, "Only so many pairs or prompts, the first ones: for a look, not for a result.")
+    num_images: int | None = option(None, "Pictures of each prompt; as many as the authors draw if not given.")
+    batch_size: int = option(8, "Pictures that are drawn at once, and scored at once.")
+    seed: int = option(0, "Keys all noise.")
+    scorer: str = option("OpenGVLab/InternVL3-8B-hf", "paircomp: Hub id or folder of a model that is asked.")
+
+    def __post_init__(self):
+        check_choice("benchmark", self.benchmark, tuple(NUM_IMAGES))
+        check_seed(self.seed)
+        if self.benchmark == "paircomp" and self.path is None:
+            raise ValueError("paircomp needs --path: its PairComp.json")
+        self.num_images = NUM_IMAGES[self.benchmark] if self.num_images is None else self.num_images
+        for name in ("limit", "num_images", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected 1 or more")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is drawn, how the pictures of a prompt are looked at, and what follows from all of them.
+
+    Attributes:
+        instrument: makes the function that looks at a batch: (number, pictures) of prompts → a dict each.
+        summarise: these dicts, in the order of `prompts` → setting → row → column → number.
+        notes: sentences for the report.
+    """
+
+    prompts: list[Prompt]
+    instrument: Callable[[], Callable[[Sequence[tuple[int, list[Image.Image]]]], list[dict]]]
+    summarise: Callable[[list[dict]], dict[str, dict[str, dict]]]
+    notes: list[str]
+
+
+def run_drawn(editor: Editor, arguments: DrawnArguments, model: dict, settings: dict) -> dict | None:
+    """Draws what is not yet drawn, measures what is not yet measured, and writes results.json and results.md.
+
+    Every process of a launch draws its share; the first one measures. A whole benchmark's results, drawn with the
+    fine-tune's own settings, are also written to `benchmarks/` of its folder, for its card.
+
+    Args:
+        model: what the pictures depend on, e.g. `model`, `base` and `dtype`; kept with the results.
+        settings: fields of `EditSettings`.
+
+    Returns:
+        `dict`: the content of results.json; `None` in other processes than the first.
+
+    Raises:
+        BadRecord: a prompt file of another form.
+        ValueError: `output_dir` belongs to another run.
+    """
+    task = {"paircomp": _paircomp}[arguments.benchmark](arguments)
+    run = model | {name: getattr(arguments, name) for name in ("benchmark", "path", "seed", "num_images")}
+    folder, effective = Path(arguments.output_dir), replace(editor.settings, **settings)
+    options = {"batch_size": arguments.batch_size, "seed": arguments.seed, **settings}
+    draw_prompts(editor, task.prompts, folder / PICTURES, run=run, **options)
+    if not PartialState().is_main_process:
+        return None
+    head = head_digest(editor.model.clear_head.weight, editor.model.clear_config)
+    judges = {name: getattr(arguments, name) for name in JUDGES[arguments.benchmark]}
+    run |= editor.fingerprint(**settings) | {"head": head} | judges
+    results = {
+        "run": run | {"split": "all", "limit": arguments.limit},
+        "left_out": 0,
+        "notes": [_how(effective, arguments), *task.notes],
+        "results": task.summarise(_measure(task, folder, run, arguments)),
+    }
+    own = arguments.limit is None and arguments.num_images == NUM_IMAGES[arguments.benchmark]
+    own &= effective == editor.settings and not (model.get("load_in_8bit") or model.get("load_in_4bit"))
+    own &= is_local(str(model["model"])) and (Path(model["model"]) / HEAD_FILE).is_file()
+    return write_results(folder, results, Path(model["model"]) if own else None)
+
+
+def _how(settings, arguments: DrawnArguments) -> str:
+    """The sampling in one line: what others need to draw the same."""
+    if settings.temperature == 0 and arguments.num_images > 1:
+        logger.warning("temperature 0: all pictures of a prompt are the same; --temperature 1 draws different ones")
+    guidance = f"guidance {settings.cfg_weight:g}" if settings.use_cfg else "no guidance"
+    return (
+        f"{arguments.num_images} pictures a prompt, seed {arguments.seed}, {guidance}, temperature "
+        f"{settings.temperature:g}, top_k {settings.top_k or 'all'}, top_p {settings.top_p:g}."
+    )
+
+
+def _measure(task: Task, folder: Path, run: dict, arguments: DrawnArguments) -> list[dict]:
+    places = {("pictures", str(number)): number for number in range(len(task.prompts))}
+    files = [[folder / PICTURES / name for name in prompt.files] for prompt in task.prompts]
+
+    def instrument():
+        look = task.instrument()
+
+        def batch(keys):
+            numbers = [places[key] for key in keys]
+            shown = [(number, [load_image(path) for path in files[number]]) for number in numbers]
+            return dict(zip(keys, look(shown)))
+
+        return batch
+
+    fingerprints = {place: _digest([path.read_bytes() for path in files[number]]) for place, number in places.items()}
+    header = strict(run) | ({} if arguments.path is None else {"data": _digest([Path(arguments.path).read_bytes()])})
+    count = max(1, arguments.batch_size // arguments.num_images)
+    measured = measure_each(folder / MEASURED_FILE, header, fingerprints, instrument, count)
+    return [measured[place] for place in places]
+
+
+def _digest(contents: list[bytes]) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()[:16]
+
+
+def _paircomp(arguments: DrawnArguments) -> Task:
+    pairs = paircomp.read_pairs(arguments.path)[: arguments.limit]
+    captions = [caption for pair in pairs for caption in pair.captions]
+    prompts = [
+        Prompt(text, tuple(f"{i // 2}_{i % 2}_{k}.png" for k in range(arguments.num_images)))
+        for i, text in enumerate(captions)
+    ]
+
+    def instrument():
+        # The benchmark's question has no final period; the reward's has.
+        question = QUESTION.removesuffix(".")
+        scorer = VqaScorer(arguments.scorer, PartialState().device, batch_size=arguments.batch_size, question=question)
+
+        def look(batch):
+            flat = [(captions[number], picture) for number, pictures in batch for picture in pictures]
+            scores = iter(scorer.score([text for text, _ in flat], [picture for _, picture in flat]))
+            return [{"scores": [next(scores) for _ in pictures]} for _, pictures in batch]
+
+        return look
+
+    def summarise(rows):
+        scores = [[row["scores"] for row in rows[2 * pair : 2 * pair + 2]] for pair in range(len(pairs))]
+        write_json(Path(arguments.output_dir) / SCORES_FILE, paircomp.scores_file(scores))
+        means = paircomp.summarise(pairs, {pair: [*first, *second] for pair, (first, second) in enumerate(scores)})
+        pictures = {"pictures": len(prompts) * arguments.num_images}
+        return {
+            f"{kind} mean": {"model": pictures | {name: 100 * mean[kind] for name, mean in means.items()}}
+            for kind in paircomp.MEANS
+        }
+
+    notes = [f"Scored by {arguments.scorer}; the published rows were scored by {paircomp.JUDGE}."]
+    return Task(prompts, instrument, summarise, notes)
