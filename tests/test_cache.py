@@ -65,7 +65,7 @@ def write_in_place(pair):
 
 def replace_a_parameter(pair):
     module = weight(pair)
-    module.weight = torch.nn.Parameter(module.weight.detach() * 1.5)
+    module.weight = torch.nn.Parameter(module.weight.detach() * 1.5, requires_grad=False)
 
 
 def weight(pair):
@@ -74,11 +74,19 @@ def weight(pair):
 
 def adapted(pair):
     network = get_peft_model(pair[0].network, LoraConfig(target_modules=["down_proj"], init_lora_weights=False))
-    pair[0].network = network
+    pair[0].network = network.requires_grad_(False)
     return network
 
 
-@pytest.mark.parametrize("change", [write_in_place, replace_a_parameter])
+def train_a_step(pair):
+    """The Trainer's own optimizer, which leaves no trace in the weights' versions."""
+    learning = weight(pair).weight.requires_grad_(True)
+    learning.grad = torch.ones_like(learning)
+    torch.optim.AdamW([learning], lr=0.1, fused=True).step()
+    learning.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [write_in_place, replace_a_parameter, train_a_step])
 def test_other_weights_read_it_again(pair, change):
     before = draw(pair, LONG)
     change(pair)
@@ -96,4 +104,11 @@ def test_an_adapter_that_is_added_merged_or_turned_off_is_read_again(pair, chang
     changed = draw(pair, LONG)
     assert bare[2] == added[2] == changed[2]
     assert not torch.equal(added[1], bare[1])
+    assert same_as_afresh(pair, LONG)
+
+
+def test_weights_that_learn_are_read_each_time(pair):
+    draw(pair, LONG)
+    weight(pair).weight.requires_grad_(True)
+    weight(pair).weight.data.mul_(1.5)  # leaves no trace either
     assert same_as_afresh(pair, LONG)

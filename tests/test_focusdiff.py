@@ -1,4 +1,4 @@
-"""GRPO computes what FocusDiff's own code does: prompts, log-probabilities, advantages, losses, gradients, schedules."""
+"""GRPO computes what FocusDiff's own code does, from the prompt to the gradient."""
 
 import json
 import math
@@ -91,7 +91,9 @@ def logps(pair, rollout, scale, w):
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_prompts_and_their_empty_rows_are_the_originals(policy, values, wanted, scenario):
     processor = policy[1]
-    found = processor.rows([row for text in values[f"{scenario}.prompts"] for row in named_rows([drawing(text)], [FULL])])
+    found = processor.rows(
+        [row for text in values[f"{scenario}.prompts"] for row in named_rows([drawing(text)], [FULL])]
+    )
     assert torch.equal(found.input_ids, wanted[f"{scenario}.prompt_ids"].long())
     assert torch.equal(found.attention_mask, wanted[f"{scenario}.prompt_mask"].long())
     samples = [drawing(text) for text in values[f"{scenario}.rows"]]
@@ -163,7 +165,7 @@ def test_losses_and_gradients_are_the_originals(
     tmp_path, policy, reference, values, wanted, scenario, scale, beta, pieces
 ):
     kind = f"{scenario}.{scale}.beta_{beta}.set_epsilon_True"
-    rollout, w = rollout_of(values, wanted, scenario), values["settings"]["guidance_scale"]
+    rollout = rollout_of(values, wanted, scenario)
     size = -(-len(rollout) // pieces)
     trainer = trainer_of(policy, tmp_path, values, beta=beta, logprob_scale=scale, rows_per_forward=size)
     # What the run began with: the stored reference.

@@ -143,7 +143,8 @@ def codes(checkpoint, *numbers):
 
 def test_columns_of_samples(prepared, checkpoint):
     assert set(prepared.column_names) == {
-        "key", "instruction", "input_tokens", "output_tokens", "answer", "sources", "content", "origins",
+        "key", "instruction", "input_tokens", "output_tokens", "answer", "sources", "content", "pixel_difference",
+        "origins",
     }  # fmt: skip
     assert prepared[0]["input_tokens"] == [] and len(prepared[0]["output_tokens"]) == N
     assert prepared[3]["input_tokens"] == codes(checkpoint, 3).tolist()

@@ -16,10 +16,11 @@ from tiny_runs import history, trained
 
 from thinkclearly import cli, load_model
 from thinkclearly.data.collator import Collator
-from thinkclearly.data.prepare import prepare_samples
+from thinkclearly.data.prepare import prepare_samples, with_source_codes
 from thinkclearly.data.samples import sharegpt4o_samples
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.hub.publish import staged
+from thinkclearly.images import patch_difference
 from thinkclearly.models.instruction_head import ClearConfig
 from thinkclearly.models.load import load_checkpoint
 from thinkclearly.models.protocol import PromptBatch
@@ -189,6 +190,25 @@ def test_gray_bars_carry_no_loss_on_request(golden, rows, tmp_path, shape):
         assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
         trainer.train()
         assert history(trainer, "loss")[0][0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_what_an_edit_leaves_alone_keeps_the_sources_codes_on_request(golden, tmp_path):
+    edit = random_edit(3, 1, packaged_photos("train"), ("recolour",))
+    for name, picture in zip(("in", "out"), edit.render(96)):
+        picture.save(tmp_path / f"{name}.png")
+    records = [
+        {"input_prompt": edit.instruction, "input_image": ["in.png"], "output_image": "out.png"},
+        {"input_prompt": "A star.", "output_image": "out.png"},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    checkpoint = load_checkpoint(str(golden / "checkpoint"))
+    prepared = prepare_samples(sharegpt4o_samples(tmp_path / "data.json"), checkpoint, tmp_path / "prepared")
+    changed = patch_difference(edit.before.render(96), edit.after.render(96), GRID).ravel() > 16
+    assert 0 < changed.sum() < POSITIONS
+    plain, drawing = prepared["output_tokens"]
+    kept, same = with_source_codes(prepared, tolerance=16)["output_tokens"]
+    assert kept == np.where(changed, plain, prepared["input_tokens"][0]).tolist()
+    assert kept != plain and same == drawing
 
 
 def test_the_originals_shift_leaves_the_first_code_out(golden, rows, tmp_path):

@@ -54,6 +54,7 @@ SAMPLES = Features(
         "answer": Value("string"),
         "sources": List(Image(decode=False)),
         "content": List(Value("bool")),
+        "pixel_difference": List(Value("uint8")),
         "origins": List(Value("string")),
     }
 )
@@ -107,10 +108,29 @@ def prepare_samples(rows: Dataset, checkpoint: Checkpoint, directory: str | Path
     Returns:
         Dataset with `key`, `instruction`, `input_tokens` (N codes of each picture that is shown), `output_tokens` (N
         codes of the target, none where words are answered), `answer` (or None), `sources` (the pictures, encoded),
-        `content` (N, True where the patch shows the target and not the bars beside it) and `origins`.
+        `content` (N, True where the patch shows the target and not the bars beside it), `pixel_difference` (N,
+        between target and source where there is one source of the target's size) and `origins`.
     """
     encoded = encode_dataset(rows, checkpoint, directory, Layout(SAMPLES, _read_sample), **options)
     return encoded.rename_column("target_tokens", "output_tokens")
+
+
+def with_source_codes(records: Dataset, tolerance: int) -> Dataset:
+    """`output_tokens` with the source's code where no pixel of a patch differs from it by more than `tolerance`.
+
+    The tokenizer looks beyond its patch: what an edit leaves alone comes back as other codes, which say nothing. Other
+    records than edits of one picture stay as they are.
+    """
+
+    def choose(row: dict) -> dict:
+        difference, codes = np.asarray(row["pixel_difference"]), np.asarray(row["output_tokens"])
+        if len(difference):
+            codes = np.where(difference <= tolerance, row["input_tokens"], codes)
+        return {"output_tokens": codes}
+
+    read = records.select_columns(["pixel_difference", "input_tokens", "output_tokens"])
+    chosen = read.map(choose, remove_columns=["pixel_difference", "input_tokens"], desc="codes of the source")
+    return datasets.concatenate_datasets([records.remove_columns("output_tokens"), chosen], axis=1)
 
 
 def label_dataset(encoded: Dataset, rule: str, tolerance: int, vocabulary: InstructionVocabulary) -> Dataset:
@@ -205,6 +225,8 @@ def _read_sample(row: Mapping, size: int, grid: int) -> Record:
     }
     squares = [Letterbox(*picture.size, size).fit(picture) for picture in pictures]
     shown = len(sample.sources)
+    comparable = shown == 1 and len(squares) == 2 and len({picture.size for picture in pictures}) == 1
+    columns["pixel_difference"] = patch_difference(*squares, grid).ravel() if comparable else np.zeros(0, np.uint8)
     return Record(
         columns, squares, {"input_tokens": list(range(shown)), "target_tokens": [*range(shown, len(squares))]}
     )

@@ -27,6 +27,7 @@ from thinkclearly.data.options import DataArguments
 from thinkclearly.data.pairs import pair_samples, read_pairs, shape_pairs
 from thinkclearly.data.prepare import label_dataset, prepare_dataset, prepare_samples
 from thinkclearly.data.samples import captioned_pictures, sharegpt4o_samples
+from thinkclearly.data.shapes import random_edit
 from thinkclearly.data.sources import PARTS
 from thinkclearly.instructions import CLEAR, InstructionVocabulary
 from thinkclearly.models.load import Checkpoint
@@ -140,6 +141,36 @@ def build_prompts(data: DataArguments, prompts_path: str | None = None) -> Prepa
         return split_records(rows, None, data, ("train", "test"), _origins_of_pairs(rows))
 
 
+def build_rewarded_edits(data: DataArguments) -> PreparedData:
+    """Reads and splits photo pairs whose edits are drawn and rewarded: `data.sources.FEATURES`, parts train and test.
+
+    The built-in shapes have a further column `edit`, the whole edit as JSON, for rewards that know what was asked.
+
+    Raises:
+        ValueError: a source without pictures, or too few records.
+    """
+    if data.source in ("jsonl", "prepared", "captions", "pairs"):
+        raise ValueError(f"source: {data.source} has no pictures to edit and reward; expected shapes or photo pairs")
+    with PartialState().main_process_first():
+        if data.source == "shapes":
+            counts = {"train": data.limit or SHAPES, "test": data.eval_samples}
+            return PreparedData(
+                **{part: _rewarded_shapes(data, count, part) for part, count in counts.items() if count}
+            )
+        rows = read_rows(data)
+        origins = [
+            [_picture_name(row["source"]), *([f"session {row['session']}"] if row["session"] else [])] for row in rows
+        ]
+        return split_records(rows, None, replace(data, calibration_edits=0), ("train", "test"), origins)
+
+
+def _rewarded_shapes(data: DataArguments, count: int, part: str) -> Dataset:
+    options = {"size": data.shapes_size, "seed": data.split_seed, "photos_folder": data.photos_folder}
+    rows, photos = sources.shapes(count, split=part, **options), sources.photos_of(part, data.photos_folder)
+    edits = [random_edit(*map(int, key[7:-1].split(":")), photos).to_json() for key in rows["key"]]
+    return rows.add_column("edit", edits)
+
+
 def _build_shape_pairs(data: DataArguments, prompts_path: str | None) -> PreparedData:
     if data.photos_folder or prompts_path:
         raise ValueError(
@@ -153,12 +184,12 @@ def _build_shape_pairs(data: DataArguments, prompts_path: str | None) -> Prepare
 
 def _origins_of_pairs(rows: Dataset) -> list[list[str]]:
     """What each record must not be split from: its prompts and its pictures."""
+    return [[*prompts, *map(_picture_name, images)] for prompts, images in zip(rows["prompts"], rows["images"])]
 
-    def name(picture: dict) -> str:
-        content = picture["bytes"]
-        return os.path.realpath(picture["path"]) if content is None else hashlib.sha256(content).hexdigest()
 
-    return [[*prompts, *map(name, images)] for prompts, images in zip(rows["prompts"], rows["images"])]
+def _picture_name(picture: dict) -> str:
+    content = picture["bytes"]
+    return os.path.realpath(picture["path"]) if content is None else hashlib.sha256(content).hexdigest()
 
 
 def _encoding(data: DataArguments) -> dict:

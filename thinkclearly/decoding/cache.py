@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
@@ -134,6 +135,8 @@ class _Prefix:
 # The row that tells nothing is BOS, then padding: a shorter one is the beginning of a longer one, and it depends on
 # nothing but the weights. The longest so far is kept with each language model.
 _PREFIXES: WeakKeyDictionary[PreTrainedModel, _Prefix] = WeakKeyDictionary()
+# A fused optimizer writes weights without raising their versions.
+register_optimizer_step_post_hook(lambda *_: _PREFIXES.clear())
 
 
 def kept_prefix(language_model: PreTrainedModel, embeds: torch.Tensor) -> _Prefix | None:
@@ -167,9 +170,9 @@ def write_prefix(cache: BlockCache, prefix: _Prefix, row: int, start: int, lengt
 def _weights_state(language_model: PreTrainedModel) -> tuple | None:
     """Changes whenever a weight is written or replaced, or an adapter is merged, switched or turned off.
 
-    None where that cannot be told: weights that come and go with the layers, or were made in inference mode.
+    None where that cannot be told: weights that learn, come and go with the layers, or were made in inference mode.
     """
-    if any(p.is_meta or p.is_inference() for p in language_model.parameters()):
+    if any(p.requires_grad or p.is_meta or p.is_inference() for p in language_model.parameters()):
         return None
     adapters = [
         (tuple(m.merged_adapters), tuple(m.active_adapters), m.disable_adapters)

@@ -144,7 +144,7 @@ def draw_samples(
         keys = [(_key(seed, records[wanted[i][1]]["key"], wanted[i][2]), k) for i in places for k in range(size)]
         words = [wanted[i][0] for i in places]
         with watch("rollout"):
-            found = draw(model, processor, words, settings, samples=keys, per_prompt=size, keep_logps=True)
+            found = draw(model, processor, words, settings, samples=keys, keep_logps=True)
         with watch("pictures"):
             pictures = to_pictures(model, found.fed_codes)
         for j, i in enumerate(places):

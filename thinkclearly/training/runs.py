@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 LENGTH = ("max_steps", "num_train_epochs")
 # Names of what a fingerprint stands for: it may have moved.
-NAMES = ("base_model", "adapter", "model_revision", "path", "prompts_path", "photos_folder", "streaming")
+NAMES = ("base_model", "adapter", "model_revision", "path", "photos_folder", "streaming")
 EVALUATION = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start")
 
 # What may change while a run goes on. Everything else counts as something that the weights depend on.
@@ -38,12 +38,13 @@ MAY_CHANGE = (
     *("attn_implementation", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing"),
     *("gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_cpu"),
     *("cache_features", "torch_empty_cache_steps", "full_determinism", "prepare_batch_size", "prepare_workers"),
-    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("rows_per_forward", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_backend", "ddp_timeout"),
     *("ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_find_unused_parameters"),
     # What is measured and shown.
     *("per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"),
-    *("batch_eval_metrics", "prediction_loss_only", "include_for_metrics", "sample_edits", "do_eval", "do_predict"),
+    *("batch_eval_metrics", "prediction_loss_only", "include_for_metrics", "sample_edits", "sample_sheets"),
+    *("do_eval", "do_predict"),
     # Logging.
     *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node"),
     *("log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "debug", "do_train"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from thinkclearly.data.collator import Collator
+from thinkclearly.data.prepare import with_source_codes
 from thinkclearly.data.splits import PreparedData, build_samples
 from thinkclearly.models.load import Checkpoint
 from thinkclearly.recipe import option
@@ -26,6 +27,9 @@ class SftArguments:
     drop_all: float = option(0.1, "Share of drawing rows that are told nothing (trains the uncond row).")
     drop_source: float = option(0.5, "Share of input pictures whose codes other rows do not see (trains no_source).")
     answer_weight: float = option(1.0, "Weight of a word of an answer, where a code has 1.")
+    source_codes: bool = option(
+        False, "In edits, what is unchanged (pixel_tolerance) is labelled with the source's codes, not the target's."
+    )
     skip_padding: bool = option(False, "The gray bars beside a target that is not square carry no loss.")
     legacy_shift: bool = option(False, "Leave the first code untrained, as the original script does by accident.")
 
@@ -47,7 +51,12 @@ def instructions(options: Options) -> list[str]:
 
 def read_data(options: Options, checkpoint: Checkpoint) -> PreparedData:
     """Records in two parts that share no picture; there is no gate to calibrate."""
-    return build_samples(options.data, checkpoint)
+    data = build_samples(options.data, checkpoint)
+    if options.method.source_codes:
+        for part in ("train", "test"):
+            if (records := getattr(data, part)) is not None:
+                setattr(data, part, with_source_codes(records, options.data.pixel_tolerance))
+    return data
 
 
 def build(options: Options, checkpoint: Checkpoint, data: PreparedData, kind: type) -> SupervisedTrainer:
