@@ -23,6 +23,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 # In a shared recipe: a value that has to be given.
 LEFT_OUT = "<a path on the machine that trained>"
 
+# Options that name code to run. Recipes come from others, so these are given on the command line.
+CODE = ("own_rewards",)
+
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises `ValueError` for a value that is none of the choices."""
@@ -126,6 +129,9 @@ class RecipeParser(HfArgumentParser):
         for key in content:
             if key not in self._names():
                 self.error(self._suggest(str(key), f"{recipe}: unknown key {key!r}"))
+        for key in CODE:
+            if content.get(key, LEFT_OUT) != LEFT_OUT:
+                self.error(f"{recipe}: {key} names code to run, so a recipe cannot hold it; give it as --{key} …")
         left_out = {key for key, value in content.items() if value == LEFT_OUT}
         content = {key: value for key, value in content.items() if key not in left_out}
         for action in self._actions:

@@ -89,7 +89,7 @@ def build(options: Options, checkpoint: Checkpoint, data: PreparedData, kind: ty
     config = adapter_config(options) or new_config(checkpoint, options.settings, instructions=[])
     config.edit = config.edit | options.settings
     model = build_model(options, checkpoint, config)
-    rewards = load_rewards([*grpo.reward_funcs, *grpo.own_rewards], options.training.device)
+    rewards = load_rewards(grpo.reward_funcs, options.training.device, own=grpo.own_rewards)
     return kind(
         model=model,
         processor=checkpoint.processor,

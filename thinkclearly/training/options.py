@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from thinkclearly.data.options import DataArguments
 from thinkclearly.files import is_local
-from thinkclearly.recipe import DTYPES, LEFT_OUT, check_choice, option
+from thinkclearly.recipe import CODE, DTYPES, LEFT_OUT, check_choice, option
 
 # Of the machine, the moment or an account, not of the model; and aliases, whose values the new names carry.
 _NOT_SHARED = (
@@ -61,7 +61,7 @@ def effective_recipe(options: Options) -> dict:
                 continue
             if name not in own and value == default:
                 continue
-            local = _has_absolute_path(value) or name in _PATHS and is_local(value)
+            local = _has_absolute_path(value) or name in _PATHS and is_local(value) or name in CODE
             recipe[name] = LEFT_OUT if local else value
     return recipe | options.settings
 
