@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from PIL import Image
 from safetensors.torch import load_file
 
 from thinkclearly import cli, load_editor
@@ -139,7 +140,7 @@ def test_fsdp2_trains_all_weights_and_resumes(settings, one_process, tmp_path):
     load_editor(tmp_path)
 
 
-def test_two_processes_prepare_and_edit_as_one(golden, one_process, tmp_path):
+def test_two_processes_prepare_edit_and_draw_as_one(golden, one_process, tmp_path):
     photos = packaged_photos("train")
     edits = [random_edit(11, i, photos) for i in range(10)]
     pictures = [edit.render(96, 96) for edit in edits]
@@ -150,6 +151,7 @@ def test_two_processes_prepare_and_edit_as_one(golden, one_process, tmp_path):
     prepare = {"base_model": golden / "checkpoint", "source": "folder", "path": tmp_path / "pairs", "eval_samples": 0}
     prepare["calibration_edits"] = 0
     edit = {"model": one_process["lora"], "input": tmp_path / "photos", "instruction": "Make it red.", "batch_size": 2}
+    drawn = {"benchmark": "shapes-pairs", "limit": 3, "model": one_process["lora"], "batch_size": 4}
     jobs, tables, lines = {}, {}, {}
     for name in ("one", "two"):
         out = tmp_path / name
@@ -157,6 +159,7 @@ def test_two_processes_prepare_and_edit_as_one(golden, one_process, tmp_path):
         jobs[name] = [
             ("prepare", flags(prepare | written)),
             ("edit", [str(ROOT / "recipes" / "edit.yaml"), *flags(edit | {"output_dir": out / "edits"})]),
+            ("evaluate", flags(drawn | {"output_dir": out / "drawn"})),
         ]
     for job, argv in jobs["one"]:
         cli.main([job, *argv])
@@ -171,6 +174,12 @@ def test_two_processes_prepare_and_edit_as_one(golden, one_process, tmp_path):
     assert len(tables["two"]) == 5
     tables = {name: table.remove_columns(["seconds", "passes"])[:] for name, table in tables.items()}
     assert tables["one"] == tables["two"]
+    pictures = {name: sorted((tmp_path / name / "drawn" / "pictures").glob("*_*_*.png")) for name in tables}
+    assert len(pictures["one"]) == len(pictures["two"]) == 12
+    for one, two in zip(*pictures.values()):
+        difference = np.asarray(Image.open(one), int) - np.asarray(Image.open(two), int)
+        assert one.name == two.name and np.abs(difference).max() <= 1
+    assert (tmp_path / "two" / "drawn" / "results.json").is_file()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -15,9 +15,10 @@ from pathlib import Path
 from accelerate import PartialState
 from PIL import Image
 
+from thinkclearly.data.pairs import shape_pairs
 from thinkclearly.decoding.settings import check_seed
 from thinkclearly.editing.editor import Editor
-from thinkclearly.evaluation.benchmarks import paircomp
+from thinkclearly.evaluation.benchmarks import paircomp, shapes_pairs
 from thinkclearly.evaluation.benchmarks.drawing import Prompt, draw_prompts
 from thinkclearly.evaluation.benchmarks.results import MEASURED_FILE, measure_each, write_results
 from thinkclearly.evaluation.benchmarks.vqa import QUESTION, VqaScorer
@@ -30,8 +31,9 @@ logger = logging.getLogger(__name__)
 
 PICTURES, SCORES_FILE = "pictures", "scores.json"
 # benchmark → pictures a prompt, as its authors have it
-NUM_IMAGES = {"paircomp": 2}
-JUDGES = {"paircomp": ("scorer",)}  # options that name what looks at the pictures
+NUM_IMAGES = {"paircomp": 2, "shapes-pairs": 2}
+JUDGES = {"paircomp": ("scorer",), "shapes-pairs": ()}  # options that name what looks at the pictures
+SHAPE_PAIRS = 300
 
 
 @dataclass
@@ -91,7 +93,7 @@ def run_drawn(editor: Editor, arguments: DrawnArguments, model: dict, settings: 
         BadRecord: a prompt file of another form.
         ValueError: `output_dir` belongs to another run.
     """
-    task = {"paircomp": _paircomp}[arguments.benchmark](arguments)
+    task = {"paircomp": _paircomp, "shapes-pairs": _shapes_pairs}[arguments.benchmark](arguments, editor)
     run = model | {name: getattr(arguments, name) for name in ("benchmark", "path", "seed", "num_images")}
     folder, effective = Path(arguments.output_dir), replace(editor.settings, **settings)
     options = {"batch_size": arguments.batch_size, "seed": arguments.seed, **settings}
@@ -149,13 +151,17 @@ def _digest(contents: list[bytes]) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()[:16]
 
 
-def _paircomp(arguments: DrawnArguments) -> Task:
+def _pairs(captions: list[str], num_images: int) -> list[Prompt]:
+    """Captions of pairs, the two of a pair next to each other, with PairComp's names of their pictures."""
+    return [
+        Prompt(text, tuple(f"{i // 2}_{i % 2}_{k}.png" for k in range(num_images))) for i, text in enumerate(captions)
+    ]
+
+
+def _paircomp(arguments: DrawnArguments, editor: Editor) -> Task:
     pairs = paircomp.read_pairs(arguments.path)[: arguments.limit]
     captions = [caption for pair in pairs for caption in pair.captions]
-    prompts = [
-        Prompt(text, tuple(f"{i // 2}_{i % 2}_{k}.png" for k in range(arguments.num_images)))
-        for i, text in enumerate(captions)
-    ]
+    prompts = _pairs(captions, arguments.num_images)
 
     def instrument():
         # The benchmark's question has no final period; the reward's has.
@@ -181,3 +187,17 @@ def _paircomp(arguments: DrawnArguments) -> Task:
 
     notes = [f"Scored by {arguments.scorer}; the published rows were scored by {paircomp.JUDGE}."]
     return Task(prompts, instrument, summarise, notes)
+
+
+def _shapes_pairs(arguments: DrawnArguments, editor: Editor) -> Task:
+    prompts = shapes_pairs.shape_prompts(shape_pairs(arguments.limit or SHAPE_PAIRS, "test", size=8))
+
+    def look(batch):
+        shown, pictures = [prompts[number] for number, _ in batch], [pictures for _, pictures in batch]
+        return shapes_pairs.look(editor.model, editor.processor, shown, pictures)
+
+    def summarise(rows):
+        return {f"{kind} mean": found for kind, found in shapes_pairs.summarise(prompts, rows).items()}
+
+    notes = ["Judged by the generator of the shapes: a picture shows all of its scene or it does not."]
+    return Task(_pairs([prompt.text for prompt in prompts], arguments.num_images), lambda: look, summarise, notes)

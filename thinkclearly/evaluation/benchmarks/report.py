@@ -6,15 +6,25 @@ import math
 
 from huggingface_hub import EvalResult
 
-from thinkclearly.evaluation.benchmarks import metrics, paircomp
+from thinkclearly.evaluation.benchmarks import metrics, paircomp, shapes_pairs
 from thinkclearly.evaluation.benchmarks.metrics import TARGET
 from thinkclearly.evaluation.benchmarks.published import PUBLISHED, SOURCES
 from thinkclearly.reporting.tables import ROW_LABELS, format_number, markdown_table
 
-LABELS = ROW_LABELS | {TARGET: "the target itself", "model": "this model"}
-NAMES = {"magicbrush": "MagicBrush", "pie-bench": "PIE-Bench", "paircomp": "PairComp"}
+LABELS = ROW_LABELS | {
+    TARGET: "the target itself",
+    "model": "this model",
+    "partner": "the true picture of the pair's other scene",
+    "tokenizer": "the true picture through the tokenizer",
+}
+NAMES = {
+    "magicbrush": "MagicBrush",
+    "pie-bench": "PIE-Bench",
+    "paircomp": "PairComp",
+    "shapes-pairs": "Pairs of shapes",
+}
 DATASETS = {"magicbrush": "osunlp/MagicBrush"}
-COLUMNS = metrics.COLUMNS | {"paircomp": paircomp.COLUMNS}
+COLUMNS = metrics.COLUMNS | {"paircomp": paircomp.COLUMNS, "shapes-pairs": shapes_pairs.COLUMNS}
 JUDGES = ("clip", "dino", "scorer")
 
 
@@ -27,7 +37,7 @@ def report(results: dict) -> str:
     run = results["run"]
     name = run["benchmark"]
     looked = ", ".join(f"{kind} {run[kind]}" for kind in JUDGES if run.get(kind, "none") != "none")
-    parts = [f"# {NAMES[name]}, {run['split']}", f"Model {run['model']}; {looked or 'no towers'}."]
+    parts = [f"# {NAMES[name]}, {run['split']}", f"Model {run['model']}{looked and '; ' + looked}."]
     parts += results.get("notes", [])
     if run["limit"] is not None:
         parts.append(f"**A part only** (limit {run['limit']}): not to be compared with whole runs.")
