@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from thinkclearly import cli
+from thinkclearly.commands import evaluate
 from thinkclearly.data.jsonl import read_jsonl
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.data.sources import EditExample, write_folder
+from thinkclearly.evaluation.benchmarks import drawn
 from thinkclearly.models.instruction_head import CONFIG_FILE
 from thinkclearly.models.janus.folder import TINY
 from thinkclearly.recipe import RecipeParser
@@ -28,7 +30,7 @@ from thinkclearly.training.methods import load_method, option_classes
 from thinkclearly.training.options import RunArguments
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "edit")
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in ("edit", "geneval_janus_pro"))
 SFT = [path for path in RECIPES if path.stem.startswith("janus4o")]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.stem in cli.JOBS)
 PARSED = [name for name in cli.JOBS if name != "evaluate"]  # evaluate takes a folder and no options
@@ -339,6 +341,17 @@ def test_recipes_are_read_by_every_job_that_documents_them(recipe, job, monkeypa
 def test_the_recipe_of_many_edits_is_read(monkeypatch):
     arguments, _ = parser_of("edit", monkeypatch).parse([str(ROOT / "recipes" / "edit.yaml"), "--input", "photos"])
     assert arguments.input == "photos" and arguments.on_bad_record == "skip"
+
+
+def test_the_recipe_of_geneval_is_read_and_pins_all_that_decides_the_pictures(monkeypatch):
+    read = {}
+    monkeypatch.setattr(evaluate, "load_any", lambda arguments: read.update(model=arguments.model))
+    monkeypatch.setattr(drawn, "run_drawn", lambda _, *options: read.update(zip(("run", "weights", "given"), options)))
+    evaluate.main([str(ROOT / "recipes" / "geneval_janus_pro.yaml"), "--path", "prompts.jsonl"])
+    assert read["model"] == "deepseek-ai/Janus-Pro-7B" and read["weights"]["dtype"] == "bfloat16"
+    assert (read["run"].benchmark, read["run"].path, read["run"].num_images) == ("geneval", "prompts.jsonl", 4)
+    pinned = {"use_cfg": True, "cfg_weight": 5.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    assert read["given"] == pinned and read["run"].seed == 42
 
 
 def test_there_are_recipes_and_a_script_for_every_job_but_the_demo():

@@ -215,7 +215,9 @@ def test_training_arguments_are_checked(recipe, capsys, text, message):
 def test_the_recipes_that_ship_are_valid(pytestconfig, monkeypatch):
     monkeypatch.chdir(pytestconfig.rootpath)
     recipes = (pytestconfig.rootpath / "recipes").glob("*.yaml")
-    for path in sorted(path for path in recipes if path.stem != "edit"):  # a job of its own; see test_cli
+    for path in sorted(
+        path for path in recipes if path.stem not in ("edit", "geneval_janus_pro")
+    ):  # other jobs'; see test_cli
         options, method = parse_options([str(path), "--bf16", "false", "--use_cpu", "true"], "thinkclearly train")
         assert options.model.base_model and options.training.output_dir and options.settings
         assert isinstance(options.method, method.Arguments)

@@ -1,6 +1,7 @@
 """Measure saved edits, `thinkclearly evaluate DIR`, or run a benchmark, `evaluate --benchmark magicbrush …`.
 
-Benchmarks of edits: magicbrush, pie-bench. Of drawing, with options of their own: paircomp.
+Benchmarks of edits: magicbrush, pie-bench. Of drawing, with options of their own: paircomp, geneval,
+shapes-pairs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     from thinkclearly.evaluation.folder import evaluate_folder
 
     if len(argv) != 1 or argv[0].startswith("-"):
-        sys.stdout.write("usage: " + USAGE + "\n\n" + inspect.getdoc(evaluate_folder) + "\n")
+        sys.stdout.write(f"usage: {USAGE}\n\n{__doc__}\n{inspect.getdoc(evaluate_folder)}\n")
         raise SystemExit(0 if argv in (["-h"], ["--help"]) else 2)
     evaluate_folder(argv[0])
 

@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -18,11 +19,13 @@ from PIL import Image
 from thinkclearly.data.pairs import shape_pairs
 from thinkclearly.decoding.settings import check_seed
 from thinkclearly.editing.editor import Editor
-from thinkclearly.evaluation.benchmarks import paircomp, shapes_pairs
+from thinkclearly.evaluation.benchmarks import geneval, paircomp, shapes_pairs
+from thinkclearly.evaluation.benchmarks.detector import ColourNamer, Detector
 from thinkclearly.evaluation.benchmarks.drawing import Prompt, draw_prompts
 from thinkclearly.evaluation.benchmarks.results import MEASURED_FILE, measure_each, write_results
+from thinkclearly.evaluation.benchmarks.towers import Clip
 from thinkclearly.evaluation.benchmarks.vqa import QUESTION, VqaScorer
-from thinkclearly.files import is_local, strict, write_json
+from thinkclearly.files import is_local, strict, write_json, write_text
 from thinkclearly.images import load_image
 from thinkclearly.models.instruction_head import HEAD_FILE, head_digest
 from thinkclearly.recipe import check_choice, option
@@ -31,8 +34,10 @@ logger = logging.getLogger(__name__)
 
 PICTURES, SCORES_FILE = "pictures", "scores.json"
 # benchmark → pictures a prompt, as its authors have it
-NUM_IMAGES = {"paircomp": 2, "shapes-pairs": 2}
-JUDGES = {"paircomp": ("scorer",), "shapes-pairs": ()}  # options that name what looks at the pictures
+NUM_IMAGES = {"paircomp": 2, "geneval": 4, "shapes-pairs": 2}
+# options that name what looks at the pictures
+JUDGES = {"paircomp": ("scorer",), "geneval": ("detector", "clip"), "shapes-pairs": ()}
+FILES = {"paircomp": "PairComp.json", "geneval": "evaluation_metadata.jsonl"}
 SHAPE_PAIRS = 300
 
 
@@ -41,19 +46,23 @@ class DrawnArguments:
     """A benchmark of drawing: pictures from prompts, measured."""
 
     benchmark: str = option("paircomp", f"{', '.join(NUM_IMAGES)}.")
-    path: str | None = option(None, "paircomp: its JSON file.")
+    path: str | None = option(None, "paircomp: its PairComp.json; geneval: its evaluation_metadata.jsonl.")
     output_dir: str = option("outputs/benchmark", "Where pictures, measurements and results go.")
     limit: int | None = option(None, "Only so many pairs or prompts, the first ones: for a look, not for a result.")
     num_images: int | None = option(None, "Pictures of each prompt; as many as the authors draw if not given.")
     batch_size: int = option(8, "Pictures that are drawn at once, and scored at once.")
     seed: int = option(0, "Keys all noise.")
     scorer: str = option("OpenGVLab/InternVL3-8B-hf", "paircomp: Hub id or folder of a model that is asked.")
+    detector: str = option(
+        "facebook/mask2former-swin-small-coco-instance", "geneval: Hub id or folder of what finds COCO's objects."
+    )
+    clip: str = option("openai/clip-vit-large-patch14", "geneval: Hub id or folder of what names their colours.")
 
     def __post_init__(self):
         check_choice("benchmark", self.benchmark, tuple(NUM_IMAGES))
         check_seed(self.seed)
-        if self.benchmark == "paircomp" and self.path is None:
-            raise ValueError("paircomp needs --path: its PairComp.json")
+        if self.benchmark in FILES and self.path is None:
+            raise ValueError(f"{self.benchmark} needs --path: its {FILES[self.benchmark]}")
         self.num_images = NUM_IMAGES[self.benchmark] if self.num_images is None else self.num_images
         for name in ("limit", "num_images", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -93,7 +102,8 @@ def run_drawn(editor: Editor, arguments: DrawnArguments, model: dict, settings: 
         BadRecord: a prompt file of another form.
         ValueError: `output_dir` belongs to another run.
     """
-    task = {"paircomp": _paircomp, "shapes-pairs": _shapes_pairs}[arguments.benchmark](arguments, editor)
+    make_task = {"paircomp": _paircomp, "geneval": _geneval, "shapes-pairs": _shapes_pairs}[arguments.benchmark]
+    task = make_task(arguments, editor)
     run = model | {name: getattr(arguments, name) for name in ("benchmark", "path", "seed", "num_images")}
     folder, effective = Path(arguments.output_dir), replace(editor.settings, **settings)
     options = {"batch_size": arguments.batch_size, "seed": arguments.seed, **settings}
@@ -186,6 +196,45 @@ def _paircomp(arguments: DrawnArguments, editor: Editor) -> Task:
         }
 
     notes = [f"Scored by {arguments.scorer}; the published rows were scored by {paircomp.JUDGE}."]
+    return Task(prompts, instrument, summarise, notes)
+
+
+def _geneval(arguments: DrawnArguments, editor: Editor) -> Task:
+    items = geneval.read_items(arguments.path)[: arguments.limit]
+    prompts = [
+        Prompt(item.prompt, tuple(f"{i:05d}/samples/{k:04d}.png" for k in range(arguments.num_images)))
+        for i, item in enumerate(items)
+    ]
+
+    def instrument():
+        device = PartialState().device
+        detector, colours = Detector(arguments.detector, device), ColourNamer(Clip(arguments.clip, device))
+
+        def look(batch):
+            found = iter(detector([picture for _, pictures in batch for picture in pictures]))
+            return [
+                {
+                    "wrong": [
+                        geneval.judge(items[number], next(found), partial(colours, picture)) for picture in pictures
+                    ]
+                }
+                for number, pictures in batch
+            ]
+
+        return look
+
+    def summarise(rows):
+        for i, item in enumerate(items):  # for the authors' own evaluator, which reads such a folder
+            write_text(Path(arguments.output_dir) / PICTURES / f"{i:05d}" / "metadata.jsonl", item.line + "\n")
+        judged = [(item.tag, [not reason for reason in row["wrong"]]) for item, row in zip(items, rows)]
+        count = {"pictures": len(items) * arguments.num_images}
+        return {setting: {"model": count | shares} for setting, shares in geneval.summarise(judged).items()}
+
+    notes = [
+        f"Objects are found by {arguments.detector}, not by the authors' weights (mmdet's Mask2Former Swin-S), and "
+        f"colours named by {arguments.clip} (theirs: ViT-L/14 of open_clip): numbers need not match published ones. "
+        "*Images* is what is published; *prompts* counts a prompt as soon as one of its pictures is correct."
+    ]
     return Task(prompts, instrument, summarise, notes)
 
 

@@ -15,7 +15,11 @@ SOURCES = {
     "EditAR": "EditAR, arXiv 2501.04699, as quoted by a paper note; not checked against the paper",
     "KV": "KV-Edit, arXiv 2502.17363, as quoted by hyper.ai; not checked against the paper",
     "FD": "README of github.com/wendell0218/FocusDiff; its public file has 550 pairs, it speaks of 924",
+    "GE": "README of github.com/djghosh13/geneval",
+    "JP": "Janus-Pro, arXiv 2501.17811, Table 4; its sampling settings are not published",
+    "J#210": "outside rerun with Janus's own script at temperature 1, github.com/deepseek-ai/Janus/issues/210",
 }
+_GENEVAL = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "overall")
 _MAGICBRUSH = ("l1", "l2", "clip_i", "dino", "clip_t")
 _PIE = ("structure", "psnr", "lpips", "mse", "ssim", "clip_whole", "clip_edited")
 # model, arithmetic, geometric: the averages alone
@@ -98,5 +102,23 @@ PUBLISHED: dict[str, dict[str, list[tuple[str, str, dict[str, float | None]]]]] 
     "paircomp": {
         f"{kind} mean": [(row[0], "FD", {"Average": row[column]}) for row in _PAIRCOMP]
         for column, kind in enumerate(("arithmetic", "geometric"), start=1)
+    },
+    "geneval": {
+        "images": _rows(
+            _GENEVAL,
+            [
+                ("Stable Diffusion v1.5", "GE", 0.97, 0.38, 0.35, 0.76, 0.04, 0.06, 0.43),
+                ("Stable Diffusion XL", "GE", 0.98, 0.74, 0.39, 0.85, 0.15, 0.23, 0.55),
+                ("IF-XL", "GE", 0.97, 0.74, 0.66, 0.81, 0.13, 0.35, 0.61),
+                ("SD3-Medium", "JP", 0.99, 0.94, 0.72, 0.89, 0.33, 0.60, 0.74),
+                ("DALL-E 3", "JP", 0.96, 0.87, 0.47, 0.83, 0.43, 0.45, 0.67),
+                ("Show-o", "JP", 0.95, 0.52, 0.49, 0.82, 0.11, 0.28, 0.53),
+                ("TokenFlow-XL", "JP", 0.95, 0.60, 0.41, 0.81, 0.16, 0.24, 0.55),
+                ("Janus", "JP", 0.97, 0.68, 0.30, 0.84, 0.46, 0.42, 0.61),
+                ("Janus-Pro-1B", "JP", 0.98, 0.82, 0.51, 0.89, 0.65, 0.56, 0.73),
+                ("the same, rerun", "J#210", None, 0.697, None, None, 0.4625),
+                ("Janus-Pro-7B", "JP", 0.99, 0.89, 0.59, 0.90, 0.79, 0.66, 0.80),
+            ],
+        ),
     },
 }

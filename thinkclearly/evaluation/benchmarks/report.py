@@ -6,7 +6,7 @@ import math
 
 from huggingface_hub import EvalResult
 
-from thinkclearly.evaluation.benchmarks import metrics, paircomp, shapes_pairs
+from thinkclearly.evaluation.benchmarks import geneval, metrics, paircomp, shapes_pairs
 from thinkclearly.evaluation.benchmarks.metrics import TARGET
 from thinkclearly.evaluation.benchmarks.published import PUBLISHED, SOURCES
 from thinkclearly.reporting.tables import ROW_LABELS, format_number, markdown_table
@@ -21,11 +21,16 @@ NAMES = {
     "magicbrush": "MagicBrush",
     "pie-bench": "PIE-Bench",
     "paircomp": "PairComp",
+    "geneval": "GenEval",
     "shapes-pairs": "Pairs of shapes",
 }
 DATASETS = {"magicbrush": "osunlp/MagicBrush"}
-COLUMNS = metrics.COLUMNS | {"paircomp": paircomp.COLUMNS, "shapes-pairs": shapes_pairs.COLUMNS}
-JUDGES = ("clip", "dino", "scorer")
+COLUMNS = metrics.COLUMNS | {
+    "paircomp": paircomp.COLUMNS,
+    "geneval": geneval.COLUMNS,
+    "shapes-pairs": shapes_pairs.COLUMNS,
+}
+JUDGES = ("scorer", "detector", "clip", "dino")
 
 
 def report(results: dict) -> str:
