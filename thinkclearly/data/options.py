@@ -9,7 +9,7 @@ from thinkclearly.recipe import check_choice, option
 SOURCES = ("shapes", "magicbrush", "folder", "sharegpt4o", "captions", "pairs", "jsonl", "prepared")
 # Data options that not every source can use: given to another one, they would be ignored.
 _USED_BY = {
-    **dict.fromkeys(("shapes_size", "photos_folder"), ("shapes",)),
+    **dict.fromkeys(("shapes_size", "pair_shapes", "photos_folder"), ("shapes",)),
     **dict.fromkeys(("turn_index", "streaming"), ("magicbrush",)),
     "split": ("magicbrush", "pairs"),
     **dict.fromkeys(("path", "shuffle", "include", "exclude", "match"), SOURCES[1:]),
@@ -39,6 +39,9 @@ class DataArguments:
     turn_index: int | None = option(None, "MagicBrush: keep this turn only.")
     streaming: bool = option(False, "MagicBrush: read the data set as a stream, without downloading it whole.")
     shapes_size: int = option(64, "shapes: side of the rendered pictures, pixels.")
+    pair_shapes: int | None = option(
+        None, "shapes: how many stand on a prompt pair's first scene; 1 to 3 if not given."
+    )
     photos_folder: str | None = option(
         None, "shapes: draw on the photographs of this folder instead of the packaged ones."
     )

@@ -236,7 +236,9 @@ def _samples_of(batch: Mapping[str, list]) -> dict[str, list]:
 # Built in
 
 
-def shape_pairs(count: int, split: str = "train", seed: int = 0, size: int = 64) -> datasets.Dataset:
+def shape_pairs(
+    count: int, split: str = "train", seed: int = 0, size: int = 64, shapes: int | None = None
+) -> datasets.Dataset:
     """`count` pairs of captions of the built-in shapes that differ in one thing, with both pictures and scenes.
 
     Kinds take turns: `KINDS` of the pair's number. "count" is one shape more or less, "two" any two of the others but
@@ -246,6 +248,7 @@ def shape_pairs(count: int, split: str = "train", seed: int = 0, size: int = 64)
     Args:
         split: "train", "calibration" and "test" share no caption, whatever their seeds.
         size: side of the square pictures, pixels.
+        shapes: on the first scene of each pair; one to three if not given.
 
     Returns:
         `PROMPTS`; a key is `KIND[SEED:NUMBER]`. Pair i of a split and seed is always the same pair.
@@ -258,7 +261,7 @@ def shape_pairs(count: int, split: str = "train", seed: int = 0, size: int = 64)
     rows = []
     for number in range(OFFSETS[split], OFFSETS[split] + count):
         kind = KINDS[number % len(KINDS)]
-        scenes = _pair_of_scenes(kind, split, np.random.default_rng((seed, number)))
+        scenes = _pair_of_scenes(kind, split, np.random.default_rng((seed, number)), shapes)
         rows.append(
             {
                 "key": f"{kind}[{seed}:{number}]",
@@ -270,9 +273,9 @@ def shape_pairs(count: int, split: str = "train", seed: int = 0, size: int = 64)
     return datasets.Dataset.from_list(rows, features=PROMPTS)
 
 
-def _pair_of_scenes(kind: str, split: str, rng: np.random.Generator) -> tuple[Scene, Scene]:
+def _pair_of_scenes(kind: str, split: str, rng: np.random.Generator, shapes: int | None) -> tuple[Scene, Scene]:
     while True:
-        before = edit_scene(random_scene(rng, []), "background", rng).after
+        before = edit_scene(random_scene(rng, [], shapes), "background", rng).after
         after = before
         for operation in _operations(kind, len(before.shapes), rng):
             after = edit_scene(after, operation, rng).after

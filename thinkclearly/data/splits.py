@@ -177,7 +177,7 @@ def _build_shape_pairs(data: DataArguments, prompts_path: str | None) -> Prepare
             "source: shapes draws pairs on plain backgrounds that captions name, and rewards what it knows the scene "
             "of: photos_folder and prompts_path mean nothing here. For your own prompts use source: pairs"
         )
-    options = {"seed": data.split_seed, "size": data.shapes_size}
+    options = {"seed": data.split_seed, "size": data.shapes_size, "shapes": data.pair_shapes}
     train = shape_pairs(data.limit or SHAPE_PAIRS, "train", **options)
     return PreparedData(train, test=shape_pairs(data.eval_samples, "test", **options) if data.eval_samples else None)
 
