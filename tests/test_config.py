@@ -8,10 +8,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from thinkclearly.data.options import DataArguments
 from thinkclearly.editing.settings import SettingOverrides
-from thinkclearly.recipe import RecipeParser
+from thinkclearly.recipe import LEFT_OUT, RecipeParser
 from thinkclearly.training.clear import ClearArguments
+from thinkclearly.training.grpo import GrpoArguments
 from thinkclearly.training.methods import parse_options
-from thinkclearly.training.options import LoraArguments, ModelArguments, RunArguments
+from thinkclearly.training.options import LoraArguments, ModelArguments, RunArguments, effective_recipe
 
 ROOMS = [ModelArguments, LoraArguments, DataArguments, ClearArguments, SettingOverrides]
 
@@ -95,6 +96,27 @@ def test_nothing_is_a_value_only_where_the_field_says_so(recipe, capsys):
     (training,) = parse(recipe("save_total_limit: null"), kinds=[RunArguments])
     assert training.save_total_limit is None
     assert "lora_r has no value" in error_of(capsys, recipe("lora_r:"))
+
+
+@pytest.mark.parametrize("value", ["[os:system]", "os:system", "[]", "null"])
+def test_a_recipe_names_no_code_that_is_run(recipe, capsys, value):
+    """Recipes come with checkpoints and from others; what a run imports is for the one who starts it to say."""
+    error = error_of(capsys, recipe(f"own_rewards: {value}"), kinds=[GrpoArguments])
+    assert "own_rewards names code to run, so a recipe cannot hold it; give it as --own_rewards" in error
+
+
+def test_the_command_line_names_code_that_is_run_and_whoever_repeats_the_run_has_to_name_it_too(recipe, capsys):
+    argv = [recipe("method: grpo"), "--own_rewards", "mine:first", "mine:second"]
+    options, _ = parse_options(argv, "thinkclearly train")
+    assert options.method.own_rewards == ["mine:first", "mine:second"]
+    effective = effective_recipe(options)
+    assert effective["own_rewards"] == LEFT_OUT
+    shared = recipe(yaml.safe_dump(effective))
+    with pytest.raises(SystemExit):
+        parse_options([shared], "thinkclearly train")
+    assert "required: --own_rewards" in capsys.readouterr().err
+    again, _ = parse_options([shared, "--own_rewards", "mine:first"], "thinkclearly train")
+    assert again.method.own_rewards == ["mine:first"]
 
 
 def test_mappings_reach_the_fields_that_take_them(recipe, capsys):

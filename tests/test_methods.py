@@ -63,7 +63,7 @@ def test_an_unknown_method_is_an_error_that_lists_them(recipe, capsys, value):
     ("method", "key", "near"),
     [
         ("sft", "clear_weight", "'cfg_weight'"),
-        ("sft", "sample_edits", "--help"),
+        ("sft", "sample_edits", "'sample_gate'"),
         ("clear", "answer_weight", "'clear_weight'"),
         ("clear", "legacy_shift", "--help"),
     ],

@@ -27,7 +27,7 @@ from thinkclearly.hub.publish import check_publishable, push, staged, staged_che
 from thinkclearly.models.finetunes import load_clear_model
 from thinkclearly.models.instruction_head import ClearConfig
 from thinkclearly.models.load import load_checkpoint
-from thinkclearly.recipe import LEFT_OUT
+from thinkclearly.recipe import CODE, LEFT_OUT
 from thinkclearly.training.adapters import add_lora
 from thinkclearly.training.methods import METHODS, load_method, option_classes, parse_options
 from thinkclearly.training.options import _NOT_SHARED, effective_recipe
@@ -224,6 +224,8 @@ WORDS = {
     **{"activation_checkpointing_kwargs": {"use_reentrant": False}, "gradient_checkpointing_kwargs": None},
     **{"gradient_checkpointing": None, "torch_compile_mode": "default", "fsdp_config": {"min_num_params": 5}},
     **{"optim_target_modules": ["q_proj"], "report_to": ["tensorboard"], "label_names": ["labels", "source"]},
+    **{"task": "edit", "scale_rewards": "batch", "logprob_scale": "cond", "reward_weights": [0.25, 1.0]},
+    **{"reward_funcs": ["shapes", "clip:you/clip"], "truth_steps": [3, 7], "truth_shares": [0.5, 0.25]},
 }
 # What needs a GPU, a launch or another package, contradicts another option, or has no form on a command line.
 NOT_HERE = {
@@ -236,7 +238,7 @@ def every_option(method):
     for kind in option_classes(load_method(method)):
         hints = get_type_hints(kind)
         for f in fields(kind):
-            left_out = {"method", *NOT_HERE, *_NOT_SHARED}
+            left_out = {"method", *NOT_HERE, *_NOT_SHARED, *CODE}
             if f.name not in left_out and "hub" not in f.name.split("_"):
                 default = f.default if f.default_factory is MISSING else f.default_factory()
                 yield f.name, {get_origin(k) or k for k in get_args(hints[f.name]) or [hints[f.name]]}, default
