@@ -265,8 +265,10 @@ class GrpoTrainer(ModelTrainer):
         for start in range(0, len(mine), size):
             batch = [mine[i] for i in range(start, min(start + size, len(mine)))]
             rollout = self.roll_out(batch, 1, self.args.seed, lambda key: False)
-            for name, values in {"reward": combined_rewards(rollout.rewards, self.weights), **rollout.rewards}.items():
+            for name, values in rollout.rewards.items():
                 found[name] += values.tolist()
+            if rollout.rewards:
+                found["reward"] += combined_rewards(rollout.rewards, self.weights).tolist()
         self.watch.take()
         metrics = {}
         for name, values in found.items():
@@ -299,10 +301,10 @@ class GrpoTrainer(ModelTrainer):
 
     def _save_sheet(self) -> None:
         rollout, path = self.rollouts[0], Path(self.args.output_dir) / "samples"
-        rewards = combined_rewards(rollout.rewards, self.weights).tolist()
+        rewards = combined_rewards(rollout.rewards, self.weights).tolist() if rollout.rewards else None
         lines = {}
         for i, words in enumerate(rollout.prompts):
-            text = f"{words}\n{rewards[i]:.3f} {rollout.truths[i]}".rstrip()
+            text = f"{words}\n{'' if rewards is None else f'{rewards[i]:.3f}'} {rollout.truths[i]}".rstrip()
             lines.setdefault(words, []).append((rollout.pictures[i].convert("RGB"), text))
         with replacing(path / f"step_{self.state.global_step:06d}.png") as temporary:
             sheet([line[-SHOWN:] for line in lines.values()][:8]).save(temporary, format="PNG")
