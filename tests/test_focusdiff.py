@@ -74,7 +74,7 @@ def rollout_of(values, wanted, scenario):
     paired = scenario.startswith("pair")
     groups = torch.tensor([0 if paired else values[f"{scenario}.prompts"].index(text) for text in words])
     unknown = torch.full(ids.shape, math.nan)
-    found = Rollout(words, groups, ids, [None] * len(words), unknown, [""] * len(words), {})
+    found = Rollout(words, groups, groups, ids, [None] * len(words), unknown, [""] * len(words), {})
     found.rewards = {"intern": wanted[f"{scenario}.rewards"].float()}
     found.advantages = wanted[f"{scenario}.advantages"].float()
     return found

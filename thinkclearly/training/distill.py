@@ -40,6 +40,7 @@ class DistillArguments:
 
     # What else the trainer asks for is nothing to choose: samples are new at every step, and none is ground truth.
     num_iterations, beta, logprob_scale, reward_weights, truth_steps, lr_drop_steps = 1, 1.0, "exact", (), (), 0
+    pair_groups = True
 
     def __post_init__(self):
         check_choice("task", self.task, ("draw", "edit"))

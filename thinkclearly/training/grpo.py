@@ -33,6 +33,7 @@ class GrpoArguments:
     reward_weights: list[float] = option([], "Weight of each reward; 1 if not given.")
     own_rewards: list[str] = option([], "Rewards of your own, module:function; on the command line only.")
     num_generations: int = option(7, "Samples of a prompt, ground truth included.")
+    pair_groups: bool = option(True, "Compare the samples of both prompts of a pair in one group (Pair-GRPO).")
     num_iterations: int = option(1, "Optimizer steps on the same samples.")
     beta: float = option(0.04, "Weight of the distance from the model that training began with.")
     epsilon: float = option(0.2, "How far a choice's probability ratio may fall below 1 and still be learnt from.")

@@ -95,6 +95,8 @@ class GrpoTrainer(ModelTrainer):
                 rollout = edit_samples(*arguments, self.watch)
             else:
                 rollout = draw_samples(*arguments, with_truth, self.watch)
+            if not self.grpo.pair_groups:
+                rollout.groups = rollout.prompt_numbers
         with self.watch("reward"):
             judge(rollout, self.rewards)
         return rollout

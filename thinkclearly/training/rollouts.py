@@ -35,6 +35,7 @@ class Rollout:
     Attributes:
         prompts: words of each sample; instructions where pictures are edited.
         groups: long (S,), what each sample is compared within: a record, so a pair's prompts are one group.
+        prompt_numbers: long (S,), the same for samples of one prompt.
         class_ids: long (S, N), what was drawn.
         pictures: what the rewards judge: drawings, results of edits at the source's size, the crop of ground truth.
         logps: float32 (S, N), as the decoder drew; NaN for ground truth.
@@ -50,6 +51,7 @@ class Rollout:
 
     prompts: list[str]
     groups: torch.Tensor
+    prompt_numbers: torch.Tensor
     class_ids: torch.Tensor
     pictures: list[Image.Image]
     logps: torch.Tensor
@@ -155,7 +157,7 @@ def draw_samples(
 
 def _with_truth(model, processor, records, wanted, drawn, watch: Stopwatch) -> Rollout:
     """What was drawn for each prompt, then its ground truth."""
-    ids, logps, pictures, prompts, groups, names = [], [], [], [], [], []
+    ids, logps, pictures, prompts, groups, numbers, names = [], [], [], [], [], [], []
     columns = defaultdict(list)
     for i, (words, group, p, truths) in enumerate(wanted):
         some_ids, some_logps, some_pictures = drawn[i]
@@ -174,15 +176,15 @@ def _with_truth(model, processor, records, wanted, drawn, watch: Stopwatch) -> R
         names += [""] * len(some_pictures) + list(truths)
         prompts += [words] * size
         groups += [group] * size
+        numbers += [i] * size
         for name, value in records[group].items():
             if name in ("prompts", "images"):
                 continue
             each = value[p] if isinstance(value, list) and len(value) == len(records[group]["prompts"]) else value
             columns[name] += [each or None] * size
     device = ids[0].device
-    return Rollout(
-        prompts, torch.tensor(groups, device=device), torch.cat(ids), pictures, torch.cat(logps), names, dict(columns)
-    )
+    groups, numbers = (torch.tensor(each, device=device) for each in (groups, numbers))
+    return Rollout(prompts, groups, numbers, torch.cat(ids), pictures, torch.cat(logps), names, dict(columns))
 
 
 def edit_samples(
@@ -216,6 +218,7 @@ def edit_samples(
     return Rollout(
         prompts=[words[i] for i in owners.tolist()],
         groups=owners,
+        prompt_numbers=owners,
         class_ids=torch.stack([result.class_ids for result in results]).to(device),
         pictures=[result.image for result in results],
         logps=torch.stack([result.logps for result in results]).to(device),
