@@ -29,7 +29,9 @@ class GrpoArguments:
 
     task: str = option("draw", "draw: pictures from prompts; edit: edits of pictures, with the gate sampled.")
     prompts_path: str | None = option(None, "draw: a text file with further prompts, one a line.")
-    reward_funcs: list[str] = option(["shapes"], "Rewards: shapes, shape_edits, vqa:MODEL, clip:MODEL, http:URL.")
+    reward_funcs: list[str] = option(
+        [], "Rewards: vqa:MODEL, clip:MODEL, http:URL; shapes or shape_edits, the task's, if none is given."
+    )
     reward_weights: list[float] = option([], "Weight of each reward; 1 if not given.")
     own_rewards: list[str] = option([], "Rewards of your own, module:function; on the command line only.")
     num_generations: int = option(7, "Samples of a prompt, ground truth included.")
@@ -61,8 +63,10 @@ class GrpoArguments:
         for name in ("beta", "epsilon", "epsilon_high"):
             if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value}; expected 0 or more")
+        if not self.reward_funcs and not self.own_rewards:
+            self.reward_funcs = ["shape_edits" if self.task == "edit" else "shapes"]
         rewards = len(self.reward_funcs) + len(self.own_rewards)
-        if not rewards or self.reward_weights and len(self.reward_weights) != rewards:
+        if self.reward_weights and len(self.reward_weights) != rewards:
             raise ValueError(f"{rewards} rewards and {len(self.reward_weights)} reward_weights; give one for each")
         if len(self.truth_steps) != len(self.truth_shares) or self.truth_steps != sorted(self.truth_steps):
             raise ValueError("truth_steps and truth_shares: expected as many shares as steps, the steps rising")
@@ -79,6 +83,12 @@ def instructions(options: Options) -> list[str]:
 
 def read_data(options: Options, checkpoint: Checkpoint) -> PreparedData:
     """Prompts, or edits with their pictures, in two parts that share none."""
+    blind = {"shapes", "shape_edits"}.intersection(options.method.reward_funcs)
+    if blind and options.data.source != "shapes":
+        raise ValueError(
+            f"reward {', '.join(blind)} judges the built-in shapes alone, not source: {options.data.source}; give "
+            "reward_funcs (vqa:MODEL, clip:MODEL, http:URL) or --own_rewards module:function"
+        )
     if options.method.task == "edit":
         return build_rewarded_edits(options.data)
     return build_prompts(options.data, options.method.prompts_path)

@@ -105,18 +105,17 @@ class GrpoTrainer(ModelTrainer):
         """The samples of an optimizer step, drawn when the last ones have been learnt from often enough."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.iteration and not self.rollouts:
-            self._draw(batches)  # as they were
+            self._draw(batches)  # as they were, and what was logged of them then is not logged again
             self._restore()
+            for meter in self.meters.values():
+                meter.reset()
         elif not self.iteration:
             self._draw(batches)
         return self.rollouts, count
 
     def _draw(self, batches: list[list[dict]]) -> None:
-        chance = (
-            np.interp(self.state.global_step, self.grpo.truth_steps, self.grpo.truth_shares)
-            if (self.grpo.truth_steps)
-            else 0.0
-        )
+        step, steps = self.cycle * self.grpo.num_iterations, self.grpo.truth_steps
+        chance = np.interp(step, steps, self.grpo.truth_shares) if steps else 0.0
         seed = int(np.random.SeedSequence((self.args.seed, self.cycle)).generate_state(1)[0])
 
         def with_truth(key: str) -> bool:
@@ -135,10 +134,9 @@ class GrpoTrainer(ModelTrainer):
             rollout.advantages = group_advantages(rewards, rollout.groups, self.grpo.scale_rewards, spread)
             drawn = torch.tensor([not truth for truth in rollout.truths], device=rewards.device)
             self._note("reward", rewards, drawn & ~rewards.isnan())
-            for group in rollout.groups.unique():
-                found = rewards[(rollout.groups == group) & ~rewards.isnan()]
-                if len(found) > 1:
-                    self._note("reward_std", found.std())
+            found = [rewards[(rollout.groups == group) & ~rewards.isnan()] for group in rollout.groups.unique()]
+            spreads = [each.std().item() for each in found if len(each) > 1]
+            self._note("reward_std", torch.tensor(spreads, device=rewards.device))  # noted by every process
             for name, each in rollout.rewards.items():
                 self._note(f"rewards/{name}", each, drawn & ~each.isnan())
             self._note("truth_share", (~drawn).float())

@@ -169,7 +169,8 @@ def data_fingerprint(rows: Dataset) -> str:
         for name in words:
             digest.update(json.dumps(batch[name]).encode())
     columns = [name for name in CODES if name in rows.column_names]
-    for batch in rows.select_columns(columns).with_format("numpy").iter(1000):
+    # datasets cannot select none of a joined table's columns, which prompts that are drawn and rewarded may be.
+    for batch in rows.select_columns(columns).with_format("numpy").iter(1000) if columns else ():
         for name in columns:
             values = [np.asarray(value, np.int32) for value in batch[name]]
             lengths = list(map(len, values))
