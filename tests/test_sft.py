@@ -372,6 +372,12 @@ def test_the_saved_adapter_draws_edits_and_answers(golden, finetune):
     assert not torch.equal(base.class_ids, edited.class_ids), "the adapter is there"
 
 
+def test_its_card_promises_no_copying(finetune):
+    card = (finetune / "README.md").read_text(encoding="utf-8")
+    assert "<CLEAR>" not in card and "pipeline(" not in card
+    assert "thinkclearly.load_model(" in card and "draws the whole picture anew" in card
+
+
 @pytest.mark.parametrize("layout", ["native", "deepseek"])
 def test_merged_weights_are_pushed_in_either_layout_and_draw_as_the_adapter_does(golden, finetune, layout):
     expected = load_model(finetune).edit(golden / "images" / "landscape.png", "Make it blue.", seed=3)

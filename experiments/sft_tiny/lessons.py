@@ -91,13 +91,9 @@ def _editing(rng: np.random.Generator, photos: list[str]) -> Lesson:
 
 
 def _question(rng: np.random.Generator, photos: list[str]) -> Lesson | None:
-    scene = random_scene(rng, photos)
-    subject = scene.shapes[int(rng.integers(len(scene.shapes)))]
-    if rng.random() < 0.5:
-        return Lesson(f"What is at the {subject.place}?", scene=scene, answer=f"a {subject.colour} {subject.name}")
-    if sum(shape.name == subject.name for shape in scene.shapes) > 1:
-        return None  # which of them?
-    return Lesson(f"What colour is the {subject.name}?", scene=scene, answer=subject.colour)
+    scene = random_scene(rng, [])
+    name = scene.background.name
+    return Lesson("What colour is the background?", scene=scene, answer=name) if name else None
 
 
 def _asks_something_new(lesson: Lesson) -> bool:

@@ -103,11 +103,11 @@ def model_card(
             own.data[key] = value
         own.data["base_model"] = base_model
         return own
-    parts = [MARK, f"# {title}", _about(base_model, data, step_of(directory))]
-    known = read_clear_config(directory).instructions if (directory / CONFIG_FILE).is_file() else []
+    known = read_clear_config(directory).instructions if (directory / CONFIG_FILE).is_file() else [CLEAR]
+    parts = [MARK, f"# {title}", _about(base_model, data, step_of(directory), bool(known))]
     others = [name for name in known if name != CLEAR]
     parts += [_further(others)] if others else []
-    parts.append(_usage(repo_id))
+    parts.append(_usage(repo_id, EDIT if known else DRAW))
     if base_model is None and is_adapter and recipe.get("base_model") == LEFT_OUT:
         parts.append(
             "The base model was a folder on the machine that trained, so it is not named here. "
@@ -227,13 +227,17 @@ def _users_card(directory: Path) -> Path | None:
     return None
 
 
-def _about(base_model: str | None, data: str, step: int | None) -> str:
+def _about(base_model: str | None, data: str, step: int | None, copies: bool) -> str:
     base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a Janus model"
-    return (
+    clear = (
         f"Edits pictures by instruction: {base}, fine-tuned on {data} to say `<CLEAR>` wherever the source should "
         "stay. Those patches are copied from the photo itself, byte for byte and at its own resolution."
-        + (f" These are the weights after step {step}." if step is not None else "")
     )
+    plain = (
+        f"Draws pictures, edits them and answers questions about them: {base}, fine-tuned on {data}. It has no "
+        "instruction tokens: an edit draws the whole picture anew."
+    )
+    return (clear if copies else plain) + (f" These are the weights after step {step}." if step is not None else "")
 
 
 def _further(names: list[str]) -> str:
@@ -246,7 +250,23 @@ def _further(names: list[str]) -> str:
     )
 
 
-def _usage(repo_id: str | None) -> str:
+EDIT = """from transformers import pipeline
+
+edit = pipeline("clear-edit", model="{name}")
+result = edit("photo.jpg", prompt="Make the circle red.")
+result["image"].save("edited.png")
+```
+
+`result` also has `mask`, `raw`, `token_composite`, `class_ids` and `clear_fraction`."""
+DRAW = """
+model = thinkclearly.load_model("{name}")
+model.generate("a red circle on a blue background")[0].save("drawn.png")
+model.edit("photo.jpg", "Make the circle red.").image.save("edited.png")
+model.describe("photo.jpg", "What is in the picture?")
+```"""
+
+
+def _usage(repo_id: str | None, lines: str) -> str:
     where = "" if repo_id else ", with the path of this folder or the name of its repository as NAME"
     return f"""## Use
 
@@ -254,14 +274,7 @@ It needs ThinkClearly, which is not on PyPI: run `pip install .` in a checkout o
 
 ```python
 import thinkclearly
-from transformers import pipeline
-
-edit = pipeline("clear-edit", model="{repo_id or "NAME"}")
-result = edit("photo.jpg", prompt="Make the circle red.")
-result["image"].save("edited.png")
-```
-
-`result` also has `mask`, `raw`, `token_composite`, `class_ids` and `clear_fraction`."""
+""" + lines.format(name=repo_id or "NAME")
 
 
 def data_name(recipe: dict) -> str:

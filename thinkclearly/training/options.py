@@ -130,7 +130,9 @@ class RunArguments(TrainingArguments):
     """transformers' TrainingArguments with the defaults of the original's recipe."""
 
     method: str = option("clear", "What is taught, and how; `thinkclearly train --help` lists the methods.")
-    output_dir: str = option("outputs/clear", "Where checkpoints, samples and the final adapter are written.")
+    output_dir: str | None = option(
+        None, "Where checkpoints, samples and the final adapter are written; outputs/METHOD if not given."
+    )
     learning_rate: float = option(5e-5, "Peak learning rate of AdamW.")
     lr_scheduler_type: str = option("constant", "Learning rate schedule.")
     num_train_epochs: float = option(1.0, "Passes over the data.")
@@ -158,6 +160,7 @@ class RunArguments(TrainingArguments):
         # A recipe written for a GPU runs where there is none, too.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.report_to = self.report_to or "none"
+        self.output_dir = self.output_dir or f"outputs/{self.method}"
         super().__post_init__()
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError("overwrite_output_dir starts over, resume_from_checkpoint goes on; give one of them")
