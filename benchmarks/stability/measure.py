@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from scipy.ndimage import binary_erosion
 
-from benchmarks.stability.runs import gates
-from benchmarks.stability.train import folder, recipe
+from benchmarks.stability.train import folder, gates, recipe
 from thinkclearly.data import sources
 from thinkclearly.data.splits import build_data
 from thinkclearly.editing.composite import composite

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from benchmarks.stability.measure import BATCH, fast, load
-from benchmarks.stability.runs import SEEDS, gates
-from benchmarks.stability.train import recipe
+from benchmarks.stability.runs import SEEDS
+from benchmarks.stability.train import gates, recipe
 from thinkclearly.data.collator import Collator
 from thinkclearly.data.splits import build_data
 from thinkclearly.evaluation.calibration import fit_gate, gate_metrics

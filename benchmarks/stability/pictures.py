@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.stability.runs import ORIGINAL, SEEDS, gates
-from benchmarks.stability.train import recipe
+from benchmarks.stability.runs import ORIGINAL, SEEDS
+from benchmarks.stability.train import gates, recipe
 from thinkclearly.data import sources
 from thinkclearly.reporting.pictures import sheet
 

@@ -95,12 +95,6 @@ def path(point: Point, seed: int, first: int, count: int) -> Path:
     return OUTPUT / "points" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def gates(output: Path, name: str, seed: int, settings: dict) -> Path:
-    """Where the grids of a point's edits are kept."""
-    words = [name, str(seed), *(f"{key}={value}" for key, value in sorted(settings.items()))]
-    return output / "gates" / ("-".join(words).replace(" ", "-") + ".npz")
-
-
 def train(name: str, seed: int) -> str:
     from benchmarks.stability.train import train as run
 

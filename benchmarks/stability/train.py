@@ -18,6 +18,12 @@ from thinkclearly.training.setup import build_checkpoint, build_model, new_confi
 RECIPE = "recipes/tiny.yaml"
 
 
+def gates(output: Path, name: str, seed: int, settings: dict) -> Path:
+    """Where the grids of a point's edits are kept."""
+    words = [name, str(seed), *(f"{key}={value}" for key, value in sorted(settings.items()))]
+    return output / "gates" / ("-".join(words).replace(" ", "-") + ".npz")
+
+
 def folder(output: Path, variant: str, seed: int) -> Path:
     return output / "models" / f"{variant.replace(' ', '-')}-seed{seed}"
 
