@@ -10,6 +10,11 @@ from transformers import get_scheduler
 
 from thinkclearly import cli
 from thinkclearly.data.options import DataArguments
+from thinkclearly.decoding import engine
+from thinkclearly.decoding.cache import BlockCache
+from thinkclearly.decoding.settings import DecodeSettings
+from thinkclearly.generation.draw import draw
+from thinkclearly.models.finetunes import TINY_CLEAR, load_base, load_clear_model
 from thinkclearly.models.instruction_head import ClearConfig
 from thinkclearly.models.janus.meta import empty_janus
 from thinkclearly.models.load import Checkpoint, load_checkpoint
@@ -78,6 +83,52 @@ def test_activations_are_what_autograd_keeps(golden, autocast):
     assert found.bytes == pytest.approx(real, rel=0.25)
     less, _ = memory.activations(empty(base, lora_r=4), 2, autocast, checkpointing=True)
     assert less.bytes < found.bytes / 2
+
+
+def grpo_page(capsys, *argv):
+    cli.main(["train", "--method", "grpo", "--dry_run", "true", "--lora_r", "4", *argv])
+    page = capsys.readouterr().out
+    found = re.findall(r"^(\w[\w ,]*?)\s+(?:([\d,]+)\s+)?([\d.]+)$", page, re.MULTILINE)
+    return page, {name: (int((count or "0").replace(",", "")), float(gib)) for name, count, gib in found}
+
+
+def test_grpo_is_counted_with_its_reference_and_the_rows_of_one_pass(capsys):
+    """The tiny model: 64 codes a picture of 1024, 6 layers of width 256. 4 pairs of 7 samples with 2 rows each."""
+    argv = ["--base_model", "tiny", "--per_device_train_batch_size", "4", "--cfg_weight", "2"]
+    page, every = grpo_page(capsys, *argv)
+    assert every["reference"] == every["gradients"] and "112 row(s) at a time" in page
+    some, parts = grpo_page(capsys, *argv, "--rows_per_forward", "7", "--beta", "0")
+    assert "14 row(s) at a time" in some and "reference" not in parts
+    assert parts["activations"][1] == pytest.approx(every["activations"][1] / 8, rel=0.05)
+    _, one_row = grpo_page(capsys, *argv, "--rows_per_forward", "7", "--logprob_scale", "cond")
+    assert one_row["activations"][1] == pytest.approx(parts["activations"][1] / 2, rel=0.05, abs=2e-3)
+    slots = 64 + 64 + memory.WORDS
+    cache, noise = 2 * 6 * 112 * slots * 256 * 4 / 2**30, 56 * 128 * 1024 * 4 / 2**30
+    assert "56 samples of 2 row(s) are drawn before" in page
+    assert f"{cache + noise:.3f} GiB for keys and values ({cache:.3f}) and noise ({noise:.3f})" in page
+
+
+def test_grpo_of_edits_shows_the_source_and_counts_an_adapter_that_goes_on(capsys):
+    argv = ["--task", "edit", "--adapter", str(TINY_CLEAR), "--num_generations", "3", "--cfg_weight2", "2"]
+    page, parts = grpo_page(capsys, "--base_model", "tiny", *argv)
+    slots = 3 * 64 + 64 + memory.WORDS
+    cache = 2 * 6 * 3 * 3 * slots * 256 * 4 / 2**30
+    assert "9 row(s) at a time" in page and f"keys and values ({cache:.3f})" in page
+    model, _ = load_clear_model(TINY_CLEAR)
+    assert parts["LoRA"][0] == sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_keys_and_values_are_those_that_drawing_keeps(golden, monkeypatch):
+    made = []
+    monkeypatch.setattr(engine, "BlockCache", lambda *args: made.append(BlockCache(*args)) or made[-1])
+    model, processor = load_base(str(golden / "checkpoint"))
+    draw(model, processor, ["A star.", "A dog."], DecodeSettings(cfg_weight=2.0), samples=[(0, k) for k in range(2)])
+    (cache,) = made
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    samples = memory.Samples(count=2, rows=2, forward_rows=4, edits=False, block=0)
+    found, _ = memory.drawing(model.token_model, samples, 128, torch.float32)
+    (left, _, slots, _), n = cache.layers[0].keys.shape, processor.num_image_tokens  # who finishes first is let go
+    assert found.bytes / 4 / (memory.WORDS + 2 * n) == real / left / slots and slots < memory.WORDS + 2 * n
 
 
 def test_a_config_of_deepseek_alone_is_enough(tmp_path):

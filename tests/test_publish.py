@@ -256,7 +256,7 @@ def of(options):
     return {name: value for part in parts for name, value in vars(part).items()} | options.settings
 
 
-OF_SHAPES = {"shapes_size", "photos_folder"}
+OF_SHAPES = {"shapes_size", "photos_folder", "pair_shapes"}
 OF_TABLES = {"path", "split", "turn_index", "streaming", "shuffle", "include", "exclude", "match"}
 
 

@@ -6,17 +6,22 @@ memory, which tells what autograd would keep.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses import FakeTensorMode
 
+from thinkclearly.decoding.engine import MAX_BLOCK, guided_rows
+from thinkclearly.editing.settings import EditSettings
+from thinkclearly.models.config_files import read_json
 from thinkclearly.models.cross_entropy import chunk_length
-from thinkclearly.models.instruction_head import ClearConfig, InstructionModel
+from thinkclearly.models.instruction_head import ADAPTER_FILE, ClearConfig, InstructionModel
+from thinkclearly.models.janus.folder import resolve
 from thinkclearly.models.load import Checkpoint, load_empty
 from thinkclearly.models.protocol import TokenModel
+from thinkclearly.training.grpo import GrpoArguments
 from thinkclearly.training.options import Options
-from thinkclearly.training.setup import build_model
+from thinkclearly.training.setup import adapter_config, build_model
 
 WORDS = 64  # tokens of instruction and template beside the picture's and the source's slots
 NF4 = 0.5 + (1 + 4 / 256) / 64  # bytes a weight: 4 bits, and doubly quantized scales of 64 weights each
@@ -68,13 +73,64 @@ def learning(model: InstructionModel, dtype: torch.dtype, state_bytes: int | Non
     ]
 
 
+@dataclass
+class Samples:
+    """What GRPO draws and learns from at a time: counted as if every record were a pair, where pictures are drawn.
+
+    Attributes:
+        count: samples of a batch.
+        rows: guided rows of each, when it is drawn.
+        forward_rows: rows of one forward and backward pass.
+        edits: whether a source is shown.
+        block: positions of the longest block.
+    """
+
+    count: int
+    rows: int
+    forward_rows: int
+    edits: bool
+    block: int
+
+    @classmethod
+    def of(cls, options: Options) -> Samples:
+        grpo, edits = options.method, options.method.task == "edit"
+        found = adapter_config(options)
+        settings = replace(EditSettings(), **((found.edit if found else {}) | options.settings))
+        rows = len(guided_rows(settings, has_source=edits))
+        count = options.training.per_device_train_batch_size * (1 if edits else 2) * grpo.num_generations
+        scored = 1 if grpo.logprob_scale == "cond" else rows
+        return cls(count, rows, scored * min(grpo.rows_per_forward or count, count), edits, settings.block)
+
+
+def drawing(family: TokenModel, samples: Samples, classes: int, dtype: torch.dtype) -> list[Part]:
+    """Keys and values of all rows of a batch's samples, and their noise; gone when the forward pass begins.
+
+    Args:
+        classes: K + I.
+        dtype: of keys and values.
+    """
+    config, n = family.language_model.config, family.grid**2
+    capacity = n + min(samples.block or MAX_BLOCK, n)
+    slots = (2 * n if samples.edits else 0) + WORDS + capacity
+    width = config.num_key_value_heads * config.head_dim
+    cache = 2 * config.num_hidden_layers * samples.count * samples.rows * slots * width * dtype.itemsize
+    noise = samples.count * capacity * classes * torch.float32.itemsize
+    return [Part("keys and values", None, cache), Part("noise", None, noise)]
+
+
 def activations(
-    model: InstructionModel, batch_size: int, autocast: torch.dtype | None, checkpointing: bool
+    model: InstructionModel,
+    batch_size: int,
+    autocast: torch.dtype | None,
+    checkpointing: bool,
+    with_source: bool = True,
 ) -> list[Part]:
     """What the forward pass keeps for the backward pass, for one batch on one device.
 
     Args:
         model: on the meta device; takes its dtypes from there and loses its own parameters to shapes.
+        batch_size: rows.
+        with_source: whether they show a picture, or words alone.
         autocast: type of mixed precision, if any.
         checkpointing: only the inputs of the layers are kept; one layer at a time is computed again.
     """
@@ -90,7 +146,7 @@ def activations(
             kept[storage._cdata] = storage
             return tensor
 
-        batch = example_batch(family, batch_size)
+        batch = example_batch(family, batch_size, with_source)
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
@@ -103,26 +159,27 @@ def activations(
     total = sum(storage.nbytes() for key, storage in kept.items() if key not in own) - softmax
     layers = family.language_model.config.num_hidden_layers
     if checkpointing:
-        inputs = layers * batch_size * (3 * n + WORDS - 1) * family.hidden_size
+        inputs = layers * batch["input_ids"].numel() * family.hidden_size
         total = inputs * (autocast or model.base.dtype).itemsize + total / layers
     return [Part("activations", None, total), Part("logits, softmax, gradient", None, 3 * 4 * classes * length)]
 
 
-def example_batch(family: TokenModel, batch_size: int) -> dict[str, torch.Tensor]:
+def example_batch(family: TokenModel, batch_size: int, with_source: bool = True) -> dict[str, torch.Tensor]:
     """The inputs of `InstructionModel.forward` for one batch, all zeros, with `WORDS` tokens beside the slots."""
     n, side = family.grid**2, family.image_size
-    ids, codes = (torch.zeros(batch_size, length, dtype=torch.long) for length in (3 * n + WORDS - 1, n))
-    slots = torch.zeros(batch_size, 1, dtype=torch.long)
+    length = (3 if with_source else 1) * n + WORDS - 1
+    ids, codes = (torch.zeros(batch_size, length, dtype=torch.long) for length in (length, n))
+    slots = torch.zeros(batch_size, int(with_source), dtype=torch.long)
+    pictures = {"source_tokens": codes, "pixel_values": torch.zeros(batch_size, 3, side, side)} if with_source else {}
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "seen_slots": slots,
         "known_slots": slots,
         "pictures": slots,
-        "drawn_slots": slots[:, 0],
-        "source_tokens": codes,
+        "drawn_slots": torch.zeros(batch_size, dtype=torch.long),
         "labels": codes,
-        "pixel_values": torch.zeros(batch_size, 3, side, side),
+        **pictures,
     }
 
 
@@ -148,18 +205,35 @@ def estimate_memory(options: Options, method) -> str:
         if name in family.parts():
             family.parts()[name].to(dtype)
     config = ClearConfig(family.codebook_size, instructions=method.instructions(options))
+    lora = options.lora
+    if lora.adapter:  # whose weights are not loaded: one like it
+        rank = read_json(resolve(lora.adapter) / ADAPTER_FILE)["r"]
+        lora = replace(lora, adapter=None, lora_r=rank)
     with torch.device("meta"):
-        model = build_model(options, checkpoint, config)
+        model = build_model(replace(options, lora=lora), checkpoint, config)
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
-    size = training.per_device_train_batch_size
+    size, with_source, notes = training.per_device_train_batch_size, True, ""
     held = weights(model, dtype, options.model.load_in_4bit)
-    held += learning(model, dtype, 1 if "8bit" in training.optim else None)
-    used = activations(model, size, autocast, training.activation_checkpointing)
+    gradients, states = learning(model, dtype, 1 if "8bit" in training.optim else None)
+    held += [gradients, states]
+    if isinstance(options.method, GrpoArguments):
+        samples = Samples.of(options)
+        size, with_source = samples.forward_rows, samples.edits
+        if options.method.beta:
+            held.append(replace(gradients, name="reference"))
+        drawn = drawing(family, samples, model.vocabulary.num_classes, autocast or dtype)
+        notes = (
+            f"{samples.count} samples of {samples.rows} row(s) are drawn before, and take in place of activations and "
+            f"logits {sum(part.bytes for part in drawn) / GIB:.3f} GiB for "
+            f"{' and '.join(f'{part.name} ({part.bytes / GIB:.3f})' for part in drawn)}.\n"
+        )
+    used = activations(model, size, autocast, training.activation_checkpointing, with_source)
     frozen = sum(part.bytes for part in held if part.name == family.tokenizer_part)
     sliced = (sum(part.bytes for part in held) - frozen) / 8 + frozen + sum(part.bytes for part in used)
     return (
-        f"{options.model.base_model}: estimate for one device, {size} record(s) at a time, activation checkpointing "
-        f"{'on' if training.activation_checkpointing else 'off'}\n\n{table(held + used)}\n"
+        f"{options.model.base_model}: estimate for one device, {size} {'row' if notes else 'record'}(s) at a time, "
+        f"activation checkpointing {'on' if training.activation_checkpointing else 'off'}\n\n{table(held + used)}\n"
+        f"{notes}"
         f"With weights, gradients and states in slices over 8 devices (FSDP2, ZeRO 3): {sliced / GIB:.2f} GiB "
         "each.\nNot counted: the CUDA context, buffers of communication, fragmentation, and evaluation.\n"
     )
