@@ -199,16 +199,17 @@ def test_what_an_edit_leaves_alone_keeps_the_sources_codes_on_request(golden, tm
     records = [
         {"input_prompt": edit.instruction, "input_image": ["in.png"], "output_image": "out.png"},
         {"input_prompt": "A star.", "output_image": "out.png"},
+        {"input_prompt": "What is it?", "input_image": ["in.png"], "output_text": "A star."},
     ]
     (tmp_path / "data.json").write_text(json.dumps(records))
     checkpoint = load_checkpoint(str(golden / "checkpoint"))
     prepared = prepare_samples(sharegpt4o_samples(tmp_path / "data.json"), checkpoint, tmp_path / "prepared")
     changed = patch_difference(edit.before.render(96), edit.after.render(96), GRID).ravel() > 16
     assert 0 < changed.sum() < POSITIONS
-    plain, drawing = prepared["output_tokens"]
-    kept, same = with_source_codes(prepared, tolerance=16)["output_tokens"]
+    plain, drawing, _ = prepared["output_tokens"]
+    kept, same, none = with_source_codes(prepared, tolerance=16)["output_tokens"]
     assert kept == np.where(changed, plain, prepared["input_tokens"][0]).tolist()
-    assert kept != plain and same == drawing
+    assert kept != plain and same == drawing and none == []
 
 
 def test_the_originals_shift_leaves_the_first_code_out(golden, rows, tmp_path):

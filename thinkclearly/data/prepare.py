@@ -129,7 +129,12 @@ def with_source_codes(records: Dataset, tolerance: int) -> Dataset:
         return {"output_tokens": codes}
 
     read = records.select_columns(["pixel_difference", "input_tokens", "output_tokens"])
-    chosen = read.map(choose, remove_columns=["pixel_difference", "input_tokens"], desc="codes of the source")
+    chosen = read.map(
+        choose,
+        remove_columns=["pixel_difference", "input_tokens"],
+        features=Features({"output_tokens": List(Value("int32"))}),
+        desc="codes of the source",
+    )
     return datasets.concatenate_datasets([records.remove_columns("output_tokens"), chosen], axis=1)
 
 
