@@ -126,7 +126,7 @@ def with_source_codes(records: Dataset, tolerance: int) -> Dataset:
         difference, codes = np.asarray(row["pixel_difference"]), np.asarray(row["output_tokens"])
         if len(difference):
             codes = np.where(difference <= tolerance, row["input_tokens"], codes)
-        return {"output_tokens": codes}
+        return {"output_tokens": codes.astype(np.int32)}
 
     read = records.select_columns(["pixel_difference", "input_tokens", "output_tokens"])
     chosen = read.map(
