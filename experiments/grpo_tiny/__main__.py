@@ -191,8 +191,8 @@ def write_report(found: dict, arguments: argparse.Namespace) -> None:
     times += [[name, *(f"{each.get(stage, 0):.2f}" for stage in stages)] for name, each in found["stages"].items()]
     text = f"""# One row: rewards and guidance distillation on the tiny models
 
-`python -m experiments.grpo_tiny --pairs {arguments.pairs} --edits {arguments.edits}`: {STEPS} steps an arm, the seeds as listed.
-Machine: {found["machine"]}, shared with other work.
+`python -m experiments.grpo_tiny --pairs {arguments.pairs} --edits {arguments.edits}`: {STEPS} steps
+an arm. Machine: {found["machine"]}, shared with other work.
 
 ## Drawing
 
