@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import trained
@@ -163,6 +164,20 @@ def test_gradients_are_the_same_however_many_samples_one_pass_has(golden, rows, 
     assert len(found[0][0]) == 2
     assert_close(found[1][0], found[0][0], rtol=2e-3)
     np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_last_pass_of_a_step_is_said_to_end_it(golden, rows, tmp_path, monkeypatch):
+    """DDP exchanges gradients then, and DeepSpeed takes its step."""
+    said, real = [], Accelerator.backward
+
+    def backward(accelerator, loss, **kwargs):
+        said.append(accelerator.sync_gradients)
+        real(accelerator, loss, **kwargs)
+
+    monkeypatch.setattr(Accelerator, "backward", backward)
+    args = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 1}
+    make_trainer(fresh(golden), rows.select([0, 3]), tmp_path, rows_per_forward=2, args=args).train()
+    assert said == [False] * 5 + [True], "two pairs of 3 samples a prompt, two samples a pass"
 
 
 def test_accumulated_batches_learn_as_one_batch(golden, rows, tmp_path):

@@ -153,9 +153,10 @@ class GrpoTrainer(ModelTrainer):
         """Forward and backward over a batch's samples, `rows_per_forward` at a time."""
         model.train()
         pieces = torch.arange(len(rollout), device=self.args.device).split(self.grpo.rows_per_forward or len(rollout))
-        total = torch.zeros((), device=self.args.device)
+        total, last = torch.zeros((), device=self.args.device), self.accelerator.sync_gradients
         for index in pieces:
-            # Gradients are exchanged with the last piece's. `no_sync` does nothing where there is one process.
+            # Gradients are exchanged, and DeepSpeed takes its step, with the last piece's.
+            self.accelerator.gradient_state._set_sync_gradients(last and index is pieces[-1])
             with self.accelerator.no_sync(model) if index is not pieces[-1] else nullcontext():
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, (rollout, index), num_items_in_batch=num_items_in_batch)
