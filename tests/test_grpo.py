@@ -428,6 +428,14 @@ def results(folder):
     return json.loads((folder / "all_results.json").read_text())
 
 
+def launch(config, environment, options, script=ROOT / "scripts" / "train.py"):
+    """The real script in two processes."""
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "2"]
+    command += ["--main_process_port", "0", "--config_file", ROOT / "recipes" / "accelerate" / f"{config}.yaml"]
+    command = list(map(str, [*command, script, *flags(options)]))
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 KILL = """
 import os, signal, sys
 from thinkclearly import cli
@@ -469,11 +477,8 @@ def test_two_processes_learn_and_evaluate_as_one(settings, with_rewards, tmp_pat
     one, two = tmp_path / "one", tmp_path / "two"
     options = settings | {"scale_rewards": "batch", "rows_per_forward": 5, "truth_shares": [1.0]}
     cli.main(["train", *flags(options | {"output_dir": one})])
-    command = [Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "2"]
-    command += ["--main_process_port", "0", "--config_file", ROOT / "recipes" / "accelerate" / "ddp.yaml"]
-    command += [ROOT / "scripts" / "train.py"]
-    command += flags(options | {"output_dir": two, "per_device_train_batch_size": 2})
-    process = subprocess.run(list(map(str, command)), cwd=ROOT, env=with_rewards, capture_output=True, text=True)
+    options["per_device_train_batch_size"] = 2
+    process = launch("ddp", with_rewards, options | {"output_dir": two})
     assert process.returncode == 0, process.stderr[-4000:]
     names = (*NUMBERS, "rewards/warm_rewards:warmth", "truth_share", "equal_rewards")
     # The loss is what is left of a sum of advantages.
@@ -481,6 +486,39 @@ def test_two_processes_learn_and_evaluate_as_one(settings, with_rewards, tmp_pat
     assert 0 < max(history(one, "truth_share"))[0] < 1
     for name in ("eval_reward", "eval_rewards/warm_rewards:warmth"):
         assert results(two)[name] == pytest.approx(results(one)[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "rank", [pytest.param(0, id="all weights"), pytest.param(4, id="LoRA", marks=pytest.mark.slow)]
+)
+def test_fsdp2_gathers_weights_to_draw_and_learns_and_resumes_as_one_process(settings, with_rewards, tmp_path, rank):
+    """The reference is swapped in slices, also after a resumption between steps on the same samples."""
+    options = settings | {"lora_r": rank, "truth_shares": [1.0], "num_iterations": 2, "save_steps": 3, "eval_steps": 4}
+    one, two = tmp_path / "one", tmp_path / "two"
+    cli.main(["train", *flags(options | {"output_dir": one, "max_steps": 4})])
+    script = tmp_path / "twice.py"
+    script.write_text(
+        "import sys\nfrom thinkclearly import cli\n"
+        "for steps in ('3', '4'):\n    cli.start('train', [*sys.argv[1:], '--max_steps', steps])\n"
+    )
+    process = launch("fsdp2", with_rewards, options | {"output_dir": two, "per_device_train_batch_size": 2}, script)
+    assert process.returncode == 0 and "Going on from" in process.stderr, process.stderr[-4000:]
+    assert (two / "checkpoint-3" / "pytorch_model_fsdp.bin").is_file(), "was it FSDP?"
+    found, expected = (np.array(history(folder, *NUMBERS)) for folder in (two, one))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    assert expected[3, NUMBERS.index("kl")] > 0
+    assert results(two)["eval_reward"] == pytest.approx(results(one)["eval_reward"], rel=1e-3)
+
+
+def test_passes_of_some_rows_are_refused_where_processes_would_wait_for_each_other(
+    golden, rows, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(GrpoTrainer, "weights_are_sharded", True)
+    with pytest.raises(ValueError, match="use FSDP2, DDP or ZeRO-2"):
+        make_trainer(fresh(golden), rows, tmp_path)
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+    with pytest.raises(ValueError, match="rows_per_forward under FSDP2.*give 0"):
+        make_trainer(fresh(golden), rows, tmp_path, rows_per_forward=2)
 
 
 def test_a_judge_of_the_built_in_shapes_is_refused_for_other_pictures(settings, tmp_path, caplog):

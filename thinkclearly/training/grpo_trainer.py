@@ -68,11 +68,22 @@ class GrpoTrainer(ModelTrainer):
         scale = self.settings.cfg_weight if grpo.logprob_scale == "div_w" and len(rows) > 1 else 1.0
         rows = {FULL: 1.0} if grpo.logprob_scale == "cond" else rows
         self.policy = Policy(self.settings, rows, scale, copies=self.settings.sample_gate)
+        self._check_launch()
         self.rollouts: list[Rollout] = []
         self.start: list[torch.Tensor] = []
         self.resumed: Path | None = None
         self.watch = Stopwatch(self.args.device)
         self.meters: dict[str, MeanMetric] = {}
+
+    def _check_launch(self) -> None:
+        if self.weights_are_sharded and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                "grpo draws with whole weights, which ZeRO-3 and FSDP1 do not give; use FSDP2, DDP or ZeRO-2"
+            )
+        if self.weights_are_sharded and self.grpo.rows_per_forward:
+            raise ValueError(
+                "rows_per_forward under FSDP2: processes with other numbers of samples would wait; give 0"
+            )
 
     # ---- samples -------------------------------------------------------------------------------------------------
 
@@ -121,7 +132,8 @@ class GrpoTrainer(ModelTrainer):
         def with_truth(key: str) -> bool:
             return np.random.default_rng((seed, *key.encode())).random() < chance
 
-        self.rollouts = [self.roll_out(batch, self.grpo.num_generations, seed, with_truth) for batch in batches]
+        with self.whole_weights():
+            self.rollouts = [self.roll_out(batch, self.grpo.num_generations, seed, with_truth) for batch in batches]
         self._compare()
 
     def _compare(self) -> None:
@@ -222,6 +234,8 @@ class GrpoTrainer(ModelTrainer):
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
         def swap() -> None:
+            for module in self.sharded_modules():
+                module.reshard()  # what a forward pass gathered and left
             for parameter, kept in zip(learning, self.start):
                 now = parameter.data.clone()
                 parameter.data.copy_(kept)
@@ -263,13 +277,14 @@ class GrpoTrainer(ModelTrainer):
         process, processes, size = self.args.process_index, self.args.world_size, self.args.per_device_eval_batch_size
         mine = rows.select(range(process, len(rows), processes))
         found: dict[str, list[float]] = {name: [] for name in ("reward", *self.rewards)}
-        for start in range(0, len(mine), size):
-            batch = [mine[i] for i in range(start, min(start + size, len(mine)))]
-            rollout = self.roll_out(batch, 1, self.args.seed, lambda key: False)
-            for name, values in rollout.rewards.items():
-                found[name] += values.tolist()
-            if rollout.rewards:
-                found["reward"] += combined_rewards(rollout.rewards, self.weights).tolist()
+        with self.whole_weights():
+            for start in range(0, len(mine), size):
+                batch = [mine[i] for i in range(start, min(start + size, len(mine)))]
+                rollout = self.roll_out(batch, 1, self.args.seed, lambda key: False)
+                for name, values in rollout.rewards.items():
+                    found[name] += values.tolist()
+                if rollout.rewards:
+                    found["reward"] += combined_rewards(rollout.rewards, self.weights).tolist()
         self.watch.take()
         metrics = {}
         for name, values in found.items():

@@ -225,7 +225,8 @@ def estimate_memory(options: Options, method) -> str:
         notes = (
             f"{samples.count} samples of {samples.rows} row(s) are drawn before, and take in place of activations and "
             f"logits {sum(part.bytes for part in drawn) / GIB:.3f} GiB for "
-            f"{' and '.join(f'{part.name} ({part.bytes / GIB:.3f})' for part in drawn)}.\n"
+            f"{' and '.join(f'{part.name} ({part.bytes / GIB:.3f})' for part in drawn)}. "
+            "Under FSDP2 the weights are whole meanwhile.\n"
         )
     used = activations(model, size, autocast, training.activation_checkpointing, with_source)
     frozen = sum(part.bytes for part in held if part.name == family.tokenizer_part)
