@@ -81,9 +81,7 @@ ARMS = [
     ),
     Arm(
         "GRPO on edits",
-        GRPO
-        | EDIT
-        | {"reward_funcs": "shape_edits", "cfg_weight": 1, "per_device_train_batch_size": 8, "learning_rate": 3e-4},
+        GRPO | EDIT | {"reward_funcs": "shape_edits", "cfg_weight": 1, "learning_rate": 3e-4},
         edits=True,
     ),
     Arm(
