@@ -21,7 +21,7 @@ from thinkclearly import cli, load_editor
 from thinkclearly.data.pairs import PROMPTS, shape_pairs
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.editing.settings import EditSettings
-from thinkclearly.models.finetunes import TINY_CLEAR
+from thinkclearly.models.finetunes import TINY_CLEAR, load_clear_model
 from thinkclearly.models.instruction_head import ClearConfig
 from thinkclearly.models.load import load_checkpoint
 from thinkclearly.training.adapters import add_lora
@@ -29,6 +29,7 @@ from thinkclearly.training.grpo import GrpoArguments
 from thinkclearly.training.grpo_trainer import GrpoTrainer
 from thinkclearly.training.options import RunArguments
 from thinkclearly.training.policy_gradient import combined_rewards
+from thinkclearly.training.rewards import shape_edits
 
 ROOT = Path(__file__).parents[1]
 CODES, SIDE = 128, 96
@@ -84,7 +85,7 @@ def make_trainer(
         model=model,
         processor=processor,
         grpo=GrpoArguments(**(choices | options)),
-        settings=EditSettings(cfg_weight=cfg_weight),
+        settings=EditSettings(cfg_weight=cfg_weight, cfg_weight2=0.0),
         rewards=rewards or {"warmth": warmth},
         args=RunArguments(output_dir=str(folder), **(defaults | dict(args))),
         train_dataset=rows,
@@ -128,7 +129,7 @@ def test_a_step_makes_better_samples_likelier_and_says_what_it_did(golden, rows,
     torch.testing.assert_close(combined_rewards(rollout.rewards, trainer.weights), combined)
     assert log["reward"] == pytest.approx(combined.mean().item(), rel=1e-5)
     assert log["rewards/warmth"] == pytest.approx(rollout.rewards["warmth"].mean().item(), rel=1e-5)
-    assert log["rewards/pairs"] == 0.5
+    assert log["rewards/pairs"] == 0.5 and log["rewards/pairs_std"] == 0
     spreads = [combined[rollout.groups == group].std().item() for group in rollout.groups.unique()]
     assert log["reward_std"] == pytest.approx(np.mean(spreads), rel=1e-5) and len(spreads) == 5
     assert log["kl"] == 0 and log["clip_ratio"] == 0 and log["truth_share"] == 0
@@ -162,6 +163,51 @@ def test_gradients_are_the_same_however_many_samples_one_pass_has(golden, rows, 
         trainer.train()
         found.append((kept.steps, logs(trainer, *NUMBERS)))
     assert len(found[0][0]) == 2
+    assert_close(found[1][0], found[0][0], rtol=2e-3)
+    np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def edits():
+    """Photo pairs with what judges them, one of them twice as wide as it is high."""
+    photos, found = packaged_photos("train"), []
+    for i, size in enumerate([(64, 64), (96, 48)]):
+        edit = random_edit(5, i, photos)
+        source, target, mask = edit.render(*size)
+        found.append(
+            {
+                "key": f"edit {i}",
+                "instruction": edit.instruction,
+                "source": source,
+                "target": target,
+                "mask": mask,
+                "edit": edit.to_json(),
+            }
+        )
+    return found
+
+
+def test_edits_and_their_gate_learn_the_same_however_many_samples_one_pass_has(edits, tmp_path):
+    found = []
+    for size in (0, 3):
+        model, processor = load_clear_model(TINY_CLEAR)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name or name.startswith("clear_head."))
+        kept = Gradients()
+        trainer = make_trainer(
+            (model, processor),
+            edits,
+            tmp_path,
+            rewards={"shape_edits": shape_edits},
+            callbacks=[kept],
+            task="edit",
+            rows_per_forward=size,
+            num_generations=2,
+            args={"max_steps": 1, "per_device_train_batch_size": 2},
+        )
+        trainer.train()
+        found.append((kept.steps, logs(trainer, *NUMBERS)))
+    assert found[0][0][0]["clear_head.weight"].abs().max() > 0
     assert_close(found[1][0], found[0][0], rtol=2e-3)
     np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-4, atol=1e-6)
 

@@ -145,12 +145,12 @@ class GrpoTrainer(ModelTrainer):
         for rollout, rewards in zip(self.rollouts, combined):
             rollout.advantages = group_advantages(rewards, rollout.groups, self.grpo.scale_rewards, spread)
             drawn = torch.tensor([not truth for truth in rollout.truths], device=rewards.device)
-            self._note("reward", rewards, drawn & ~rewards.isnan())
-            found = [rewards[(rollout.groups == group) & ~rewards.isnan()] for group in rollout.groups.unique()]
-            spreads = [each.std().item() for each in found if len(each) > 1]
-            self._note("reward_std", torch.tensor(spreads, device=rewards.device))  # noted by every process
-            for name, each in rollout.rewards.items():
-                self._note(f"rewards/{name}", each, drawn & ~each.isnan())
+            functions = {f"rewards/{name}": each for name, each in rollout.rewards.items()}
+            for name, each in {"reward": rewards, **functions}.items():
+                self._note(name, each, drawn & ~each.isnan())
+                found = [each[(rollout.groups == group) & ~each.isnan()] for group in rollout.groups.unique()]
+                spreads = [some.std().item() for some in found if len(some) > 1]
+                self._note(f"{name}_std", torch.tensor(spreads, device=each.device))  # noted by every process
             self._note("truth_share", (~drawn).float())
             self._note("equal_rewards", (rollout.advantages == 0).float())
 
