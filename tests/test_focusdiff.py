@@ -159,11 +159,12 @@ def trainer_of(pair, tmp_path, values, **options):
 
 @pytest.mark.parametrize("pieces", [1, 3])
 @pytest.mark.parametrize("scale", ["exact", "div_w"])
-@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_losses_and_gradients_are_the_originals(
-    tmp_path, policy, reference, values, wanted, scenario, scale, beta, pieces
+    tmp_path, policy, reference, values, wanted, scenario, scale, number, pieces
 ):
+    beta = values["settings"]["betas"][number]
     kind = f"{scenario}.{scale}.beta_{beta}.set_epsilon_True"
     rollout = rollout_of(values, wanted, scenario)
     size = -(-len(rollout) // pieces)
@@ -192,15 +193,14 @@ def test_ground_truth_is_shown_as_often_as_the_original_shows_it(values):
         assert np.interp(int(step), grpo.truth_steps, grpo.truth_shares) == pytest.approx(chance, abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("name", "rate", "warmup", "drop", "drop_to"),
-    [
-        ("recipe_total_1000", 1e-5, 100, 300, 2e-6),
-        ("field_defaults_total_1000_lr_5e-6", 5e-6, 45, 500, 1e-6),
-    ],
-)
-def test_the_learning_rate_falls_as_the_originals(tmp_path, policy, values, name, rate, warmup, drop, drop_to):
-    total = int(name.split("_total_")[1].split("_")[0])
+# The original's recipe and the defaults of its options: peak, warm-up, steps until the drop, and where it drops to.
+SCHEDULES = {"recipe": (1e-5, 100, 300, 2e-6), "field_defaults": (5e-6, 45, 500, 1e-6)}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_learning_rate_falls_as_the_originals(tmp_path, policy, values, kind):
+    name = next(name for name in values["lr_schedule"] if name.startswith(f"{kind}_total_"))
+    total, (rate, warmup, drop, drop_to) = int(name.split("_total_")[1].split("_")[0]), SCHEDULES[kind]
     trainer = trainer_of(policy, tmp_path, values, lr_drop_steps=drop, lr_drop_to=drop_to, lr_end=2e-7)
     trainer.args.learning_rate, trainer.args.warmup_steps = rate, warmup
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
