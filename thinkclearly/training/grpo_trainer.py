@@ -7,6 +7,7 @@ samples `rollouts`'s. Does not know where records and rewards come from.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -197,7 +198,7 @@ class GrpoTrainer(ModelTrainer):
         loss = self.accelerator.num_processes * per_choice.mean(1).sum() / num_items_in_batch
         if not loss.isfinite():
             raise ValueError(
-                f"Step {self.state.global_step}: the loss is {float(loss)}. Training stops; checkpoints before it are "
+                f"Step {self.state.global_step}: the loss is {loss.item()}. Training stops; checkpoints before it are "
                 "whole. Lower learning_rate or max_grad_norm, or raise beta."
             )
         self._note("clip_ratio", found.clipped)
@@ -306,10 +307,11 @@ class GrpoTrainer(ModelTrainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
-            for name in sorted(self.meters):
-                if (value := float(self.meters[name].compute())) == value:
-                    logs[name] = value
-                self.meters[name].reset()
+            with warnings.catch_warnings(action="ignore"):  # of a meter that was given nothing
+                values = {name: float(self.meters[name].compute()) for name in sorted(self.meters)}
+            logs |= {name: value for name, value in values.items() if value == value}
+            for meter in self.meters.values():
+                meter.reset()
             logs |= {f"seconds/{stage}": seconds for stage, seconds in self.watch.take().items()}
             if self.grpo.sample_sheets and self.rollouts and self.is_world_process_zero():
                 self._save_sheet()
