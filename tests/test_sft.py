@@ -21,6 +21,7 @@ from thinkclearly.data.samples import sharegpt4o_samples
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.hub.publish import staged
 from thinkclearly.images import patch_difference
+from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.instruction_head import ClearConfig
 from thinkclearly.models.load import load_checkpoint
 from thinkclearly.models.protocol import PromptBatch
@@ -210,6 +211,12 @@ def test_what_an_edit_leaves_alone_keeps_the_sources_codes_on_request(golden, tm
     kept, same, none = with_source_codes(prepared, tolerance=16)["output_tokens"]
     assert kept == np.where(changed, plain, prepared["input_tokens"][0]).tolist()
     assert kept != plain and same == drawing and none == []
+    # And counts less, where that is asked for.
+    vocabulary = InstructionVocabulary(CODES, ())
+    batch = Collator(checkpoint.processor, vocabulary, source_weight=0.25)(
+        list(with_source_codes(prepared, tolerance=16))
+    )
+    assert batch["counted"].tolist() == [np.where(changed, 1, 0.25).tolist(), [1] * POSITIONS]
 
 
 def test_the_originals_shift_leaves_the_first_code_out(golden, rows, tmp_path):

@@ -28,6 +28,7 @@ class Collator:
         vocabulary: class ids of the labels.
         dropout: which conditions are withheld; none where not given.
         features: read instead of the pictures, where given.
+        source_weight: weight of codes of an edit that are the source's own at their place, where others have 1.
         skip_padding: the bars beside a picture that is not square carry no loss.
         legacy_shift: the first code carries no loss, as in Janus-4o's own training script, which never trains it.
     """
@@ -38,17 +39,18 @@ class Collator:
         vocabulary: InstructionVocabulary,
         dropout: Dropout = Dropout(),  # noqa: B008 (frozen)
         features: FeatureCache | None = None,
+        source_weight: float = 1.0,
         skip_padding: bool = False,
         legacy_shift: bool = False,
     ):
         self.processor, self.vocabulary, self.dropout, self.features = processor, vocabulary, dropout, features
-        self.skip_padding, self.legacy_shift = skip_padding, legacy_shift
+        self.source_weight, self.skip_padding, self.legacy_shift = source_weight, skip_padding, legacy_shift
         # Shared memory: data loader workers must see the epoch that the training loop is in.
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def without_dropout(self) -> Collator:
         """The same for evaluation: every condition is shown."""
-        options = {"skip_padding": self.skip_padding, "legacy_shift": self.legacy_shift}
+        options = {name: getattr(self, name) for name in ("source_weight", "skip_padding", "legacy_shift")}
         return Collator(self.processor, self.vocabulary, features=self.features, **options)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -79,7 +81,7 @@ class Collator:
             labels = torch.where(told_nothing[:, None], self.vocabulary.remap(labels, transformed), labels)
             batch["transformed"] = transformed
         batch["labels"] = labels
-        if self.skip_padding or self.legacy_shift:
+        if self.skip_padding or self.legacy_shift or self.source_weight != 1:
             batch["counted"] = self._counted([rows[k] for k in drawn])
         # 4. The words that are answered. The position before each predicts it.
         answers = {k: self.processor.answer_ids(row["answer"]) for k, row in enumerate(rows) if k not in drawn}
@@ -107,12 +109,15 @@ class Collator:
         return torch.from_numpy(np.asarray(found, np.int64)).view(shape)
 
     def _counted(self, rows: list[dict]) -> torch.Tensor:
-        """Bool (D, N): which codes carry loss."""
-        counted = torch.ones(len(rows), self.processor.num_image_tokens, dtype=torch.bool)
+        """Float32 (D, N): how much each code counts in the loss, 0 where it carries none."""
+        counted = torch.ones(len(rows), self.processor.num_image_tokens)
+        for weights, row in zip(counted, rows):
+            if len(row["input_tokens"]) == len(weights):
+                weights[torch.tensor(row["input_tokens"]) == torch.tensor(row["output_tokens"])] = self.source_weight
         if self.skip_padding:
-            counted &= torch.tensor([row["content"] for row in rows]).bool()
+            counted *= torch.tensor([row["content"] for row in rows]).float()
         if self.legacy_shift:
-            counted[:, 0] = False
+            counted[:, 0] = 0
         return counted
 
     def _pictures(self, rows: list[dict]) -> dict[str, torch.Tensor]:

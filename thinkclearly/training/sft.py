@@ -30,6 +30,9 @@ class SftArguments:
     source_codes: bool = option(
         False, "In edits, what is unchanged (pixel_tolerance) is labelled with the source's codes, not the target's."
     )
+    source_weight: float = option(
+        1.0, "Weight of codes of an edit that are the source's own: most are, and drown what is asked for."
+    )
     skip_padding: bool = option(False, "The gray bars beside a target that is not square carry no loss.")
     legacy_shift: bool = option(False, "Leave the first code untrained, as the original script does by accident.")
 
@@ -37,8 +40,9 @@ class SftArguments:
         for name in ("drop_all", "drop_source"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected a share between 0 and 1")
-        if self.answer_weight < 0:
-            raise ValueError(f"answer_weight={self.answer_weight}; expected 0 (not trained) or more")
+        for name in ("answer_weight", "source_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}; expected 0 (not trained) or more")
 
 
 Arguments, Trainer = SftArguments, SupervisedTrainer
@@ -68,6 +72,7 @@ def build(options: Options, checkpoint: Checkpoint, data: PreparedData, kind: ty
         model.vocabulary,
         Dropout(sft.drop_all, sft.drop_source, options.training.seed),
         stored_features(options, model, checkpoint.processor, data),
+        source_weight=sft.source_weight,
         skip_padding=sft.skip_padding,
         legacy_shift=sft.legacy_shift,
     )
