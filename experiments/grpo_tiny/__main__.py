@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=150, help="held-out pairs of captions")
     parser.add_argument("--edits", type=int, default=300, help="held-out edits")
     parser.add_argument("--only", nargs="*", default=[], help="arms whose name holds one of these words; no report")
+    parser.add_argument("--so_far", action="store_true", help="report what is measured; train and measure nothing")
     arguments = parser.parse_args()
     work = arguments.work
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
@@ -246,7 +247,9 @@ def main() -> None:
                 output = directory(work, arm, seed)
                 if arguments.only and not any(word in output.name for word in arguments.only):
                     continue
-                output = teach(work, arm, seed)
+                if arguments.so_far and not (work / "measured" / f"{output.name}.json").is_file():
+                    continue
+                output = output if arguments.so_far else teach(work, arm, seed)
                 what = measured(work, output.name, measure, str(output), count)
                 found["rows"].append({"name": arm.name, "seed": seed, "edits": edits, "measured": what})
                 if seed == SEEDS[0]:
