@@ -187,7 +187,7 @@ def test_shapes_over_own_photos(tmp_path):
     assert any(max(abs(a - b) for a, b in zip(corner, (1, 254, 1))) < 8 for corner in corners)
     for side in (64, 65, 66):  # new content: nothing stale
         Image.new("RGB", (side, side), (254, 1, 254)).save(tmp_path / f"{side}.jpg", quality=100)
-    sources.shape_generator._photo.cache_clear()
+    sources.shape_generator.open_photo.cache_clear()
     again = sources.shapes(8, 48, photos_folder=tmp_path)
     assert any(a["source"] != b["source"] for a, b in zip(dataset, again))
 
