@@ -85,15 +85,6 @@ ARMS = [
         edits=True,
     ),
     Arm(
-        "GRPO on edits, done three times as much as exact",
-        GRPO
-        | EDIT
-        | {"reward_funcs": "shape_edits", "cfg_weight": 1, "learning_rate": 3e-4}
-        | {"own_rewards": "experiments.grpo_tiny.rewards:done", "reward_weights": [1, 1]},
-        edits=True,
-        seeds=SEEDS[:1],
-    ),
-    Arm(
         "guidance distillation",
         EDIT | {"method": "distill", "per_device_train_batch_size": 8, "num_generations": 4, "cfg_weight": 2},
         edits=True,
