@@ -15,6 +15,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
@@ -165,10 +166,10 @@ def measured(work: Path, label: str, measure, *arguments) -> dict:
 
 
 def seconds_by_stage(output: Path) -> dict[str, float]:
-    """Mean seconds of a step's stages."""
+    """Median seconds of a step's stages: other work on the machine, and pauses, make some steps long."""
     logs = [log for log in json.loads((output / TRAINER_STATE_NAME).read_text())["log_history"] if "loss" in log]
     names = {name for log in logs for name in log if name.startswith("seconds/")}
-    return {name.split("/")[1]: sum(log.get(name, 0) for log in logs) / len(logs) for name in sorted(names)}
+    return {name.split("/")[1]: median(log.get(name, 0) for log in logs) for name in sorted(names)}
 
 
 def write_report(found: dict, arguments: argparse.Namespace) -> None:
@@ -177,7 +178,7 @@ def write_report(found: dict, arguments: argparse.Namespace) -> None:
     for row in found["rows"]:
         one, two = row["measured"]["w=1"], row["measured"]["w=2"]
         names = ("done", "exact_outside") if row["edits"] else ("shown", "geometric")
-        cells = [row["name"], row["seed"], *(f"{each[name]:.1%}" for name in names for each in (one, two))]
+        cells = [row["name"], str(row["seed"]), *(f"{each[name]:.1%}" for name in names for each in (one, two))]
         if row["edits"]:
             edits.append(cells)
         else:
@@ -201,7 +202,7 @@ prompt's own true picture through the tokenizer in {one["tokenizer"]:.1%}. "All 
 share of pairs of which all four pictures show their scene. "Spread" is the mean difference of two samples of a prompt,
 levels of 255.
 
-{markdown_table(drawing)}
+{markdown_table(drawing[0], drawing[1:])}
 
 Before training, a picture with w = 2 takes {two["cpu_seconds"] / one["cpu_seconds"]:.2f} times the CPU time of one
 with one row, judging included.
@@ -212,13 +213,13 @@ with one row, judging included.
 the source is done in {of_edits["copy_source"]:.1%}, copying where the codes match in
 {of_edits["copy_matching_tokens"]:.1%}.
 
-{markdown_table(edits)}
+{markdown_table(edits[0], edits[1:])}
 
 ## Where a step's time goes
 
-Seed {SEEDS[0]}, mean of {STEPS} steps, one thread; "reference" of distillation is the teacher.
+Seed {SEEDS[0]}, median of {STEPS} steps, one thread; "reference" of distillation is the teacher.
 
-{markdown_table(times)}
+{markdown_table(times[0], times[1:])}
 """
     write_text(HERE / "results.md", text)
     write_json(HERE / "results.json", found)
