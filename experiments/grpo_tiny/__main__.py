@@ -38,6 +38,7 @@ logger = logging.getLogger("grpo_tiny")
 HERE = Path(__file__).parent
 SEEDS = (1, 2)
 STEPS = 40
+HELD_OUT = 600  # seed of the pairs that are measured
 COMMON = {
     "base_model": "tiny",
     "lora_r": 32,
@@ -106,17 +107,14 @@ def teach(work: Path, arm: Arm, seed: int) -> Path:
     words = []
     for name, value in options.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    started = time.process_time()
     train(words)
-    if not (output / "cpu.json").is_file():
-        write_json(output / "cpu.json", {"minutes": (time.process_time() - started) / 60})
     return output
 
 
 def measure_drawing(name: str, pairs: int) -> dict:
     """Guided and unguided: share of pictures that show their scene, their diversity, CPU seconds a picture."""
     model, processor = load_any(name)
-    rows, found = shape_pairs(pairs, "test", seed=COMMON["limit"], shapes=1), {}
+    rows, found = shape_pairs(pairs, "test", seed=HELD_OUT, shapes=1), {}
     for weight in (1.0, 2.0):
         started = time.process_time()
         table = measure_pairs(model, processor, rows, DecodeSettings(cfg_weight=weight), num_samples=2)
@@ -221,6 +219,8 @@ Seed {SEEDS[0]}, median of {STEPS} steps, one thread; "reference" of distillatio
 
 {markdown_table(times[0], times[1:])}
 """
+    if missing := found["not_measured"]:
+        text += f"\nNot measured: {', '.join(missing)}.\n"
     write_text(HERE / "results.md", text)
     write_json(HERE / "results.json", found)
 
@@ -235,7 +235,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
-    found = {"machine": machine(), "rows": [], "stages": {}}
+    found = {"machine": machine(), "rows": [], "stages": {}, "not_measured": []}
     for edits, name in ((False, "tiny"), (True, str(TINY_CLEAR))):
         if not any(arm.edits == edits for arm in ARMS):
             continue
@@ -249,6 +249,7 @@ def main() -> None:
                 if arguments.only and not any(word in output.name for word in arguments.only):
                     continue
                 if arguments.so_far and not (work / "measured" / f"{output.name}.json").is_file():
+                    found["not_measured"].append(output.name)
                     continue
                 output = output if arguments.so_far else teach(work, arm, seed)
                 what = measured(work, output.name, measure, str(output), count)

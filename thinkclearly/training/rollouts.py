@@ -181,7 +181,7 @@ def _with_truth(model, processor, records, wanted, drawn, watch: Stopwatch) -> R
             if name in ("prompts", "images"):
                 continue
             each = value[p] if isinstance(value, list) and len(value) == len(records[group]["prompts"]) else value
-            columns[name] += [each or None] * size
+            columns[name] += [None if each == [] else each] * size
     device = ids[0].device
     groups, numbers = (torch.tensor(each, device=device) for each in (groups, numbers))
     return Rollout(prompts, groups, numbers, torch.cat(ids), pictures, torch.cat(logps), names, dict(columns))
@@ -211,7 +211,7 @@ def edit_samples(
     with watch("pictures"), torch.no_grad():
         squares = [Letterbox(*source.size, processor.image_size).fit(seen(source)) for source in sources]
         pixels = processor.pixel_values(squares).to(device)
-        features, tokens = family.see(pixels), family.encode(pixels)
+        features = family.see(pixels)
     owners = torch.arange(len(records), device=device).repeat_interleave(count)
     names = [name for name in records[0] if name not in ("instruction", "target", "mask", "source")]
     columns = {name: [records[i][name] for i in owners.tolist()] for name in names}
@@ -225,7 +225,7 @@ def edit_samples(
         truths=[""] * len(results),
         columns=columns | {"source": [sources[i] for i in owners.tolist()]},
         shown=owners,
-        source_tokens=tokens,
+        source_tokens=torch.stack([result.source_tokens for result in results[::count]]).to(device),
         features=features,
         transformed=torch.stack([result.transformed for result in results]).to(device),
     )
