@@ -279,7 +279,7 @@ def _pair_of_scenes(kind: str, split: str, rng: np.random.Generator, shapes: int
         after = before
         for operation in _operations(kind, len(before.shapes), rng):
             after = edit_scene(after, operation, rng).after
-        if _part_of(before.caption()) == _part_of(after.caption()) == split:
+        if part_of(before.caption()) == part_of(after.caption()) == split:
             return before, after
 
 
@@ -291,7 +291,7 @@ def _operations(kind: str, shapes: int, rng: np.random.Generator) -> list[str]:
     return [_OPERATIONS[kind]]
 
 
-def _part_of(caption: str) -> str:
+def part_of(caption: str) -> str:
     """The only part that a caption may be in: half of all captions are for training, a quarter for each other part."""
     return ("train", "train", "calibration", "test")[hashlib.sha256(caption.encode()).digest()[0] % 4]
 

@@ -159,9 +159,9 @@ class Scene:
 
     def caption(self) -> str:
         """Words for text-to-image: shapes with places, and the background where it has a name."""
-        parts = [f"{_article(s.colour)} {s.colour} {s.name} at the {s.place}" for s in self.shapes]
+        parts = [f"{article(s.colour)} {s.colour} {s.name} at the {s.place}" for s in self.shapes]
         text, ground = " and ".join(parts) or "nothing", self.background.name
-        return f"{text} on {_article(ground)} {ground} background" if ground else text
+        return f"{text} on {article(ground)} {ground} background" if ground else text
 
     def to_json(self) -> str:
         """For `from_json`; a packaged photograph goes by package and name, so that any installation finds it."""
@@ -293,7 +293,8 @@ def free_area(scene: Scene, width: int, height: int) -> np.ndarray:
     return free
 
 
-def _article(word: str) -> str:
+def article(word: str) -> str:
+    """The indefinite article of a word."""
     return "an" if word[:1] in "aeiou" else "a"
 
 
@@ -321,10 +322,11 @@ def random_scene(rng: np.random.Generator, photos: list[str], shapes: int | None
     places = rng.permutation(len(PLACES))[: shapes or rng.integers(1, 4)]
     kinds = [(s, c) for s in SHAPES for c in PALETTE if c != background.name]
     kinds = [kinds[i] for i in rng.permutation(len(kinds))]
-    return Scene(background, tuple(_at(kind, int(place), rng) for kind, place in zip(kinds, places)))
+    return Scene(background, tuple(placed(kind, int(place), rng) for kind, place in zip(kinds, places)))
 
 
-def _at(kind: tuple[str, str], place: int, rng: np.random.Generator) -> Shape:
+def placed(kind: tuple[str, str], place: int, rng: np.random.Generator) -> Shape:
+    """A shape and colour at number `place` of `PLACES`, not quite in its middle."""
     row, column = divmod(place, 3)
     dx, dy = rng.uniform(-0.02, 0.02, 2)
     return Shape(*kind, PLACES[place], (column + 0.5) / 3 + dx, (row + 0.5) / 3 + dy, rng.uniform(0.135, 0.155))
@@ -363,7 +365,7 @@ def edit_scene(before: Scene, operation: str, rng: np.random.Generator) -> Shape
         place = _pick(rng, free)
         row, column = divmod(place, 3)
         shapes.append(Shape(*new, PLACES[place], (column + 0.5) / 3, (row + 0.5) / 3, 0.145))
-        words = {"a": _article(new[1]), "new": new[1], "shape": new[0], "place": PLACES[place]}
+        words = {"a": article(new[1]), "new": new[1], "shape": new[0], "place": PLACES[place]}
     elif operation == "move":
         place = _pick(rng, free)
         row, column = divmod(place, 3)
@@ -375,7 +377,7 @@ def edit_scene(before: Scene, operation: str, rng: np.random.Generator) -> Shape
     elif operation == "background":
         name = _pick(rng, [c for c in PALETTE if c != background.name and c not in {s.colour for s in shapes}])
         background = Background((PALETTE[name],), name=name)
-        words = {"a": _article(name), "new": name}
+        words = {"a": article(name), "new": name}
     else:
         raise ValueError(f"Unknown edit operation {operation!r}; choose from {', '.join(OPERATIONS)}")
     instruction = _pick(rng, WORDINGS[operation]).format(**words)
