@@ -15,19 +15,19 @@ from thinkclearly.sequence import FULL, NO_SOURCE, UNCOND
 
 
 def test_noise_is_keyed_to_seed_and_sample():
-    again = gumbel_noise(7, 3, 36, 129)
-    assert torch.equal(gumbel_noise(7, 3, 36, 129), again)
+    again = gumbel_noise((7, 3), 36, 129)
+    assert torch.equal(gumbel_noise((7, 3), 36, 129), again)
     torch.manual_seed(123)
-    assert torch.equal(gumbel_noise(7, 3, 36, 129), again), "the global generator has no part in it"
-    others = [gumbel_noise(seed, sample, 36, 129) for seed, sample in ((7, 2), (8, 3), (3, 7), (0, 0))]
+    assert torch.equal(gumbel_noise((7, 3), 36, 129), again), "the global generator has no part in it"
+    others = [gumbel_noise((seed, sample), 36, 129) for seed, sample in ((7, 2), (8, 3), (3, 7), (0, 0))]
     assert all(not torch.equal(again, other) for other in others)
     state = torch.get_rng_state()
-    gumbel_noise(1, 1, 4, 4)
+    gumbel_noise((1, 1), 4, 4)
     assert torch.equal(torch.get_rng_state(), state), "and is left alone"
 
 
 def test_noise_is_finite_and_gumbel():
-    noise = gumbel_noise(0, 0, 400, 1000)
+    noise = gumbel_noise((0, 0), 400, 1000)
     assert noise.dtype == torch.float32 and noise.isfinite().all()
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.01)
@@ -36,7 +36,7 @@ def test_noise_is_finite_and_gumbel():
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_gumbel_max_draws_from_the_softmax(temperature):
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
-    noise = gumbel_noise(5, 0, 40_000, 5)
+    noise = gumbel_noise((5, 0), 40_000, 5)
     found = draw(logits.expand(40_000, -1), noise, warpers(temperature, 0, 1.0)).bincount(minlength=5) / 40_000
     torch.testing.assert_close(found, (logits / temperature).softmax(-1), atol=0.01, rtol=0)
 
@@ -50,14 +50,14 @@ def test_temperature_zero_is_greedy_whatever_the_filters():
 def test_top_k_draws_from_the_k_best():
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(0)).expand(5000, -1)
     best = set(logits[0].topk(4).indices.tolist())
-    found = draw(logits, gumbel_noise(1, 0, 5000, 30), warpers(1.0, 4, 1.0))
+    found = draw(logits, gumbel_noise((1, 0), 5000, 30), warpers(1.0, 4, 1.0))
     assert set(found.tolist()) == best
-    assert torch.equal(draw(logits, gumbel_noise(1, 0, 5000, 30), warpers(1.0, 1, 1.0)), logits.argmax(-1))
+    assert torch.equal(draw(logits, gumbel_noise((1, 0), 5000, 30), warpers(1.0, 1, 1.0)), logits.argmax(-1))
 
 
 def test_top_p_draws_from_the_nucleus():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(5000, -1)
-    found = draw(logits, gumbel_noise(1, 0, 5000, 4), warpers(1.0, 0, 0.7))
+    found = draw(logits, gumbel_noise((1, 0), 5000, 4), warpers(1.0, 0, 0.7))
     assert set(found.tolist()) == {0, 1}
     share = (found == 0).float().mean().item()
     assert share == pytest.approx(0.5 / 0.8, abs=0.03)

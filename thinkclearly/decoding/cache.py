@@ -6,11 +6,13 @@ Knows nothing of pictures or acceptance: it is told where the next tokens of eac
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary, ref
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import Cache, PreTrainedModel
@@ -55,28 +57,46 @@ class BlockCache(Cache):
 
     def __init__(self, layers: int, visible: torch.Tensor):
         super().__init__(layers=[_BlockLayer(*visible.shape) for _ in range(layers)])
-        self.visible = visible
-        self.arange = torch.arange(visible.shape[1], device=visible.device)
+        self._see(visible)
 
-    def step(self, slots: torch.Tensor, end: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def step(self, slots: torch.Tensor, end: int, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Announces the slots (R, T) of the next tokens, all below `end`; returns their mask (R, 1, T, end).
 
         Args:
-            rows: long (R,), the rows that take part where not all do.
+            rows: the rows that take part where not all do.
         """
+        written = self.row_numbers if rows is None else torch.as_tensor(rows, device=self.visible.device)
+        shown = slice(None) if rows is None else _as_slice(rows)  # a slice needs no copy
         for layer in self.layers:
-            layer.slots, layer.end, layer.taking_part = slots, end, rows
+            layer.announce(slots, end, written, written if shown is None else shown)
         keys = self.arange[:end]
-        visible = self.visible if rows is None else self.visible[rows]
+        visible = self.visible[written]
         seen = (keys <= slots.unsqueeze(-1)) & visible[:, None, :end]
         # Padding sees itself: a query without any key would turn into NaN.
         return (seen | (keys == slots.unsqueeze(-1))).unsqueeze(1)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Goes on with these rows, in this order: bool (R,) or long, where a row may come several times."""
-        self.visible = self.visible[rows]
+        self._see(self.visible[rows])
         for layer in self.layers:
             layer.keep(rows)
+
+    def grow(self, length: int) -> None:
+        """Makes room for `length` slots a row."""
+        self._see(F.pad(self.visible, (0, length - self.visible.shape[1]), value=True))
+        for layer in self.layers:
+            layer.grow(length)
+
+    def _see(self, visible: torch.Tensor) -> None:
+        self.visible = visible
+        self.row_numbers, self.arange = (torch.arange(n, device=visible.device) for n in visible.shape)
+
+
+def _as_slice(rows: Sequence[int]) -> slice | None:
+    """The same rows as a slice; None where their distances differ."""
+    step = rows[1] - rows[0] if len(rows) > 1 else 1
+    same = step > 0 and all(b - a == step for a, b in zip(rows, rows[1:]))
+    return slice(rows[0], rows[-1] + 1, step) if same else None
 
 
 class _BlockLayer(CacheLayerMixin):
@@ -91,26 +111,31 @@ class _BlockLayer(CacheLayerMixin):
         # Zeros, not empty: what has not been written is masked, but zero times NaN would still be NaN.
         self.keys = key_states.new_zeros(self.rows, heads, self.length, width)
         self.values = value_states.new_zeros(self.rows, heads, self.length, value_states.shape[-1])
-        self.row_numbers = torch.arange(self.rows, device=key_states.device)
         self.is_initialized = True
+
+    def announce(self, slots: torch.Tensor, end: int, written: torch.Tensor, shown: torch.Tensor | slice) -> None:
+        self.slots, self.end, self.written, self.shown = slots, end, written, shown
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         device = key_states.device
-        rows = self.row_numbers if self.taking_part is None else self.taking_part.to(device)
-        slots = self.slots.to(device)
-        self.keys[rows[:, None], :, slots] = key_states.transpose(1, 2)
-        self.values[rows[:, None], :, slots] = value_states.transpose(1, 2)
-        if self.taking_part is None:
-            return self.keys[:, :, : self.end], self.values[:, :, : self.end]
-        return self.keys[rows, :, : self.end], self.values[rows, :, : self.end]
+        rows, slots = self.written.to(device)[:, None], self.slots.to(device)
+        self.keys[rows, :, slots] = key_states.transpose(1, 2)
+        self.values[rows, :, slots] = value_states.transpose(1, 2)
+        shown = self.shown if isinstance(self.shown, slice) else self.shown.to(device)
+        return self.keys[shown, :, : self.end], self.values[shown, :, : self.end]
 
     def keep(self, rows: torch.Tensor) -> None:
         here = rows.to(self.keys.device)
         self.keys, self.values = self.keys[here], self.values[here]
         self.rows = len(self.keys)
-        self.row_numbers = torch.arange(self.rows, device=self.keys.device)
+
+    def grow(self, length: int) -> None:
+        if self.is_initialized:
+            more = (0, 0, 0, length - self.length)
+            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
+        self.length = length
 
     def get_seq_length(self) -> int:
         return int(self.end)

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from thinkclearly.decoding.cache import BlockCache, keep_prefix, kept_prefix, masked_attention, write_prefix
+from thinkclearly.decoding.cache import keep_prefix, kept_prefix, write_prefix
 from thinkclearly.decoding.guidance import guidance_weights, guide
 from thinkclearly.decoding.policy import choice_logps, operating_point
+from thinkclearly.decoding.reader import PictureRows, Reader
 from thinkclearly.decoding.sampling import draw, gumbel_noise, logistic, warpers
 from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.instructions import gate_log_odds
 from thinkclearly.models.instruction_head import InstructionModel
-from thinkclearly.models.protocol import position_ids
 from thinkclearly.sequence import FULL, UNCOND
 
 # Positions of an adaptive block: this many times what a sample got through on average, so that it grows while the
@@ -74,7 +74,7 @@ def decode(
     settings: DecodeSettings,
     *,
     rows: dict[str, float],
-    samples: Sequence[tuple[int, int]],
+    samples: Sequence[tuple[int, ...]],
     per_prompt: int = 1,
     source_tokens: torch.Tensor | None = None,
     transformed: torch.Tensor | None = None,
@@ -90,32 +90,68 @@ def decode(
             parts of the model may lie on others.
         attention_mask: long (P·R, L), 0 on left padding.
         rows: name → weight of each row in the guided logits; see `guided_rows`.
-        samples: (seed, sample number) of each sample, which key its noise; those of a prompt next to each other.
+        samples: (seed, sample number) of each sample, or more numbers, which key its noise; those of a prompt next to
+            each other.
         per_prompt: S / P, samples of each prompt. They have one source, and the prompt is read once for all of them.
         source_tokens: long (S, N), the draft; without it the draft is what stands above each position.
         transformed: long (S, I, N), codes of each instruction's transform of the source. Without it instructions are
             never chosen.
         on_step: called with the number of positions done after each pass.
     """
-    count, width = len(samples), math.isqrt(num_tokens)
-    longest = min(settings.block or MAX_BLOCK, num_tokens)
+    # The prompts are read once for all samples; the last position is where the output begins.
+    last, capacity = embeds.shape[1] - 1, num_tokens + _longest(settings, num_tokens)
+    reader = Reader(model.token_model, F.pad(attention_mask.bool(), (0, capacity), value=True))
+    _read_prompts(reader, embeds[:, :last], attention_mask, list(rows))
+    picture = PictureRows(reader, embeds[:, -1:], [last] * len(embeds), len(rows))
+    picture.keep(torch.arange(len(samples), device=embeds.device) // per_prompt)
+    return draw_codes(
+        model,
+        picture,
+        num_tokens,
+        settings,
+        rows=rows,
+        samples=samples,
+        source_tokens=source_tokens,
+        transformed=transformed,
+        on_step=on_step,
+        keep_logits=keep_logits,
+        keep_logps=keep_logps,
+    )
+
+
+@torch.inference_mode()
+def draw_codes(
+    model: InstructionModel,
+    picture: PictureRows,
+    num_tokens: int,
+    settings: DecodeSettings,
+    *,
+    rows: dict[str, float],
+    samples: Sequence[tuple[int, ...]],
+    source_tokens: torch.Tensor | None = None,
+    transformed: torch.Tensor | None = None,
+    on_step: Callable[[int], None] | None = None,
+    keep_logits: bool = False,
+    keep_logps: bool = False,
+) -> Decoded:
+    """Decodes a picture for each of S samples whose rows have been read up to its BOI; arguments as for `decode`.
+
+    Afterwards the reader holds keys and values of every code but the last.
+    """
+    count, width, device = len(samples), math.isqrt(num_tokens), picture.boi.device
+    longest = _longest(settings, num_tokens)
     capacity = num_tokens + longest  # a block may reach beyond the end
-    # 1. Read the prompts, once for all samples.
-    reader = _Reader(model, embeds, attention_mask, list(rows), capacity)
-    reader.read_prompts()
-    reader.keep(torch.arange(count, device=embeds.device) // per_prompt)
-    # 2. Check a block of drafts in each pass, until all samples are done.
-    choose = _Chooser(model, settings, rows, samples, transformed, capacity, embeds.device, keep_logps)
-    board = _Board(count, num_tokens, capacity, width, embeds.device)
-    board.logits = torch.zeros(count, capacity, choose.classes, device=embeds.device) if keep_logits else None
-    board.logps = torch.zeros(count, capacity, device=embeds.device) if keep_logps else None
+    choose = _Chooser(model, settings, rows, samples, transformed, capacity, device, keep_logps)
+    board = _Board(count, num_tokens, capacity, width, device)
+    board.logits = torch.zeros(count, capacity, choose.classes, device=device) if keep_logits else None
+    board.logps = torch.zeros(count, capacity, device=device) if keep_logps else None
     if source_tokens is not None:
         board.fed_codes[:, :num_tokens], board.drafted = source_tokens, [capacity] * count
-    length = shortest = min(settings.block or _shortest(width, source_tokens is not None, embeds.device), longest)
+    length = shortest = min(settings.block or _shortest(width, source_tokens is not None, device), longest)
     while board.live:
         index = board.next_block(length)
         draft = board.draft(index)
-        hidden = reader.forward(board.before(index), index, end=int(board.ends(length)))
+        hidden = picture.forward(board.before(index), index, end=board.ends(length))
         found = choose(hidden, board.live_rows, index)
         fresh = board.commit(index, draft, found, settings.jacobi)
         if on_step is not None:
@@ -123,71 +159,31 @@ def decode(
         if not settings.block:
             length = _next_length(fresh, shortest, longest)
         if (going := board.compact()) is not None:
-            reader.keep(going)
+            picture.keep(going)
     return board.finished()
 
 
-class _Reader:
-    """The language model over rows and their cache. R rows a sample, next to each other."""
+def _longest(settings: DecodeSettings, num_tokens: int) -> int:
+    return min(settings.block or MAX_BLOCK, num_tokens)
 
-    def __init__(self, model: InstructionModel, embeds, attention_mask, names: list[str], capacity: int):
-        self.model, self.family, self.names = model, model.token_model, names
-        self.embeds, self.mask = embeds, attention_mask
-        visible = F.pad(attention_mask.bool(), (0, capacity), value=True)
-        self.positions = position_ids(visible.long())
-        self.cache = BlockCache(self.family.language_model.config.num_hidden_layers, visible)
-        self.last = embeds.shape[1] - 1  # the slot of the first code's predecessor
-        self.boi = embeds[:, -1:]
 
-    def read_prompts(self) -> None:
-        """Fills the cache with all but the last position of every prompt."""
-        length, names = self.last, self.names * (len(self.embeds) // len(self.names))
-        empty = [i for i, name in enumerate(names) if name == UNCOND]
-        starts = (self.mask == 0).sum(1).tolist()
-        prefix = None
-        if empty:  # the row that tells nothing is the same in every call
-            longest = min(empty, key=lambda i: starts[i])
-            nothing = self.embeds[longest, starts[longest] : length]
-            prefix = kept_prefix(self.family.language_model, nothing)
-        told = [i for i in range(len(names)) if prefix is None or i not in empty]
-        rows = None if len(told) == len(names) else torch.tensor(told, device=self.embeds.device)
-        embeds = self.embeds[:, :length] if rows is None else self.embeds[rows, :length]
-        slots = torch.arange(length, device=self.embeds.device).expand(len(told), -1)
-        self._run(embeds, slots, length, rows)
-        if empty and prefix is None:
-            keep_prefix(self.family.language_model, self.cache, longest, starts[longest], nothing)
-        for i in empty if prefix is not None else ():
-            write_prefix(self.cache, prefix, i, starts[i], length - starts[i])
-
-    def forward(self, fed_codes: torch.Tensor, index: torch.Tensor, end: int) -> torch.Tensor:
-        """Hidden states (A·R, B, H) that predict positions `index` (A, B), each from the code before it."""
-        rows = len(self.names)
-        fed = self.family.embed_codes(fed_codes).to(self.boi).repeat_interleave(rows, dim=0)
-        index = index.repeat_interleave(rows, dim=0)
-        fed = torch.where((index == 0).unsqueeze(-1), self.boi, fed)
-        return self._run(fed, index + self.last, self.last + end)
-
-    def keep(self, samples: torch.Tensor) -> None:
-        """Goes on with these samples, long (A,), in this order; one may come several times."""
-        rows = len(self.names)
-        if len(samples) * rows == len(self.boi) and bool((samples.diff() == 1).all()):
-            return
-        index = (samples.unsqueeze(1) * rows + torch.arange(rows, device=samples.device)).flatten()
-        self.cache.keep(index)
-        self.positions, self.boi = self.positions[index], self.boi[index]
-
-    def _run(self, embeds: torch.Tensor, slots: torch.Tensor, end: int, rows: torch.Tensor | None = None):
-        language_model = self.family.language_model
-        positions = self.positions if rows is None else self.positions[rows]
-        with masked_attention(language_model):
-            output = language_model(
-                inputs_embeds=embeds,
-                attention_mask=self.cache.step(slots, end, rows),
-                position_ids=positions.gather(1, slots),
-                past_key_values=self.cache,
-                use_cache=True,
-            )
-        return output.last_hidden_state.to(embeds.device)
+def _read_prompts(reader: Reader, embeds: torch.Tensor, mask: torch.Tensor, names: list[str]) -> None:
+    """Reads prompts (P·R, L, H) whose rows have these names."""
+    family, length, names = reader.family, embeds.shape[1], names * (len(embeds) // len(names))
+    empty = [i for i, name in enumerate(names) if name == UNCOND]
+    starts = (mask[:, :length] == 0).sum(1).tolist()
+    prefix = None
+    if empty:  # the row that tells nothing is the same in every call
+        longest = min(empty, key=lambda i: starts[i])
+        nothing = embeds[longest, starts[longest] :]
+        prefix = kept_prefix(family.language_model, nothing)
+    told = None if prefix is None else [i for i in range(len(names)) if i not in empty]
+    slots = torch.arange(length, device=embeds.device).expand(len(embeds) if told is None else len(told), -1)
+    reader.read(embeds if told is None else embeds[told], slots, length, told)
+    if empty and prefix is None:
+        keep_prefix(family.language_model, reader.cache, longest, starts[longest], nothing)
+    for i in empty if prefix is not None else ():
+        write_prefix(reader.cache, prefix, i, starts[i], length - starts[i])
 
 
 class _Board:
@@ -313,7 +309,7 @@ class _Chooser:
         self.noise = None
         if settings.temperature > 0:
             where = device if settings.device_noise else "cpu"
-            noise = [gumbel_noise(*key, capacity, self.classes, where) for key in samples]
+            noise = [gumbel_noise(key, capacity, self.classes, where) for key in samples]
             self.noise = torch.stack(noise).to(device)
 
     def __call__(self, hidden: torch.Tensor, live: torch.Tensor, index: torch.Tensor) -> _Found:

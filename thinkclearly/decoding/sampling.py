@@ -6,21 +6,22 @@ decoder can be tested for identical tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 
-def gumbel_noise(
-    seed: int, sample: int, positions: int, classes: int, device: torch.device | str = "cpu"
-) -> torch.Tensor:
+def gumbel_noise(key: Sequence[int], positions: int, classes: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Standard Gumbel noise, float32 (positions, classes).
 
     Args:
+        key: (seed, sample number), and what else tells draws apart. To numpy's `SeedSequence` a last 0 says nothing.
         device: where it is drawn. Every kind of device has noise of its own; the CPU's is the same for all.
     """
-    key = int(np.random.SeedSequence((seed, sample)).generate_state(1, np.uint64)[0] >> 1)
-    generator = torch.Generator(device).manual_seed(key)
+    number = int(np.random.SeedSequence(tuple(key)).generate_state(1, np.uint64)[0] >> 1)
+    generator = torch.Generator(device).manual_seed(number)
     uniform = torch.rand(positions, classes, generator=generator, device=device)
     return -(-uniform.clamp(min=1e-20).log()).log()
 
