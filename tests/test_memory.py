@@ -10,7 +10,7 @@ from transformers import get_scheduler
 
 from thinkclearly import cli
 from thinkclearly.data.options import DataArguments
-from thinkclearly.decoding import engine
+from thinkclearly.decoding import reader
 from thinkclearly.decoding.cache import BlockCache
 from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.generation.draw import draw
@@ -120,7 +120,7 @@ def test_grpo_of_edits_shows_the_source_and_counts_an_adapter_that_goes_on(capsy
 
 def test_keys_and_values_are_those_that_drawing_keeps(golden, monkeypatch):
     made = []
-    monkeypatch.setattr(engine, "BlockCache", lambda *args: made.append(BlockCache(*args)) or made[-1])
+    monkeypatch.setattr(reader, "BlockCache", lambda *args: made.append(BlockCache(*args)) or made[-1])
     model, processor = load_base(str(golden / "checkpoint"))
     draw(model, processor, ["A star.", "A dog."], DecodeSettings(cfg_weight=2.0), samples=[(0, k) for k in range(2)])
     (cache,) = made

@@ -1,4 +1,4 @@
-"""Guidance of a thought's pictures: the original's formulas as weights by row name, and options that say what is wrong."""
+"""Guidance of a thought's pictures: the original's formulas as weights by row name; options that are checked."""
 
 import pytest
 

@@ -25,8 +25,9 @@ _CODE = (2.0, 1.2, 0.0, 5.0)
 _PAPER = {("subgoals", "obj"): (5.0, 0.0, 3.0, 0.0), ("subgoals", "full"): (2.0, 1.2, 3.0, 5.0)}
 _PAPER |= {("critique", kind): (1.5, 0.8, 3.0, 5.0) for kind in KINDS}
 NEGATIVE_PROMPT = (
-    "text in the image, text, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, "
-    "cropped, worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+    "text in the image, text, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, "
+    "fewer digits, cropped, worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, "
+    "username, blurry."
 )
 
 
@@ -94,7 +95,8 @@ class ThoughtSettings:
         """Name → weight of the rows that picture number `picture` (from 0) of a thought is guided by; sum 1.
 
         With u, f, p, n and o for the rows uncond, full, pictures, negative and prompt and a, b, c, d for the scales:
-        normal u + a(f − u) + b(p − u); obj u + a(f − u) − c(n − u); full u + a(f − p) + b(p − u) − c(n − u) + d(o − u).
+        normal u + a(f − u) + b(p − u), obj u + a(f − u) − c(n − u),
+        full u + a(f − p) + b(p − u) − c(n − u) + d(o − u).
         """
         kind = self.guidance_kind or self._kind(picture)
         preset = _PAPER.get((self.mode, kind), _CODE) if self.preset == "paper" else _CODE
