@@ -17,8 +17,8 @@ from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import calibrate, fit_gate, gate_metrics
 from thinkclearly.images import Letterbox
 from thinkclearly.models.finetunes import load_clear_model
+from thinkclearly.models.folder import TINY
 from thinkclearly.models.instruction_head import CONFIG_FILE, read_clear_config, write_clear_config
-from thinkclearly.models.janus.folder import TINY
 from thinkclearly.models.load import Checkpoint
 from thinkclearly.training import clear as clear_method
 from thinkclearly.training.options import RunArguments

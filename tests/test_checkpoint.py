@@ -135,7 +135,7 @@ def fake_hub(monkeypatch, repository, cache):
             shutil.copy(repository / file, cache / file)
         return str(cache)
 
-    monkeypatch.setattr("thinkclearly.models.janus.folder.snapshot_download", download)
+    monkeypatch.setattr("thinkclearly.models.folder.snapshot_download", download)
 
 
 @pytest.mark.parametrize("kind", ("safetensors", "both", "bin"))
@@ -156,7 +156,7 @@ def test_unreachable_hub_id(monkeypatch):
     def download(*_, **__):
         raise LocalEntryNotFoundError("offline")
 
-    monkeypatch.setattr("thinkclearly.models.janus.folder.snapshot_download", download)
+    monkeypatch.setattr("thinkclearly.models.folder.snapshot_download", download)
     with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub repository"):
         load_janus("outputs/misspelt")
 
@@ -215,7 +215,7 @@ def edit_config(checkpoint, change):
         (lambda c: c["vision_config"]["params"].update(pixel_mean=[0.5] * 3), "pixel_mean"),
         (lambda c: c["language_config"].update(num_hidden_layers=1), "unexpected: language_model.model.layers.1"),
         (lambda c: c["language_config"].update(vocab_size=7), "mismatched: language_model.lm_head.weight"),
-        (lambda c: c.update(model_type="llava"), "model_type 'llava'; expected 'janus'"),
+        (lambda c: c.update(model_type="llava"), "model_type 'llava'; expected one of 'janus'"),
     ],
 )
 def test_configs_that_are_something_else(checkpoint, change, message):

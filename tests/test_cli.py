@@ -24,8 +24,8 @@ from thinkclearly.data.jsonl import read_jsonl
 from thinkclearly.data.shapes import packaged_photos, random_edit
 from thinkclearly.data.sources import EditExample, write_folder
 from thinkclearly.evaluation.benchmarks import drawn
+from thinkclearly.models.folder import TINY
 from thinkclearly.models.instruction_head import CONFIG_FILE
-from thinkclearly.models.janus.folder import TINY
 from thinkclearly.recipe import RecipeParser
 from thinkclearly.training.methods import load_method, option_classes
 from thinkclearly.training.options import RunArguments

@@ -4,7 +4,7 @@ import pytest
 import torch
 from family_checks import CHECKS, check_what_is_saved_is_what_is_loaded
 
-from thinkclearly.models.janus.model import _full_precision
+from thinkclearly.models.exact import full_precision
 from thinkclearly.models.load import load_checkpoint
 
 
@@ -31,7 +31,7 @@ def test_tf32_is_off_while_the_tokenizer_runs_on_cuda_and_back_afterwards(before
     try:
         for kind in kinds:
             kind.fp32_precision = before
-        with _full_precision(torch.device("cuda")), _full_precision(torch.device("cuda")):
+        with full_precision(torch.device("cuda")), full_precision(torch.device("cuda")):
             assert [kind.fp32_precision for kind in kinds] == ["ieee", "ieee"]
         assert [kind.fp32_precision for kind in kinds] == [before, before]
     finally:

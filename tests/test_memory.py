@@ -16,8 +16,7 @@ from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.generation.draw import draw
 from thinkclearly.models.finetunes import TINY_CLEAR, load_base, load_clear_model
 from thinkclearly.models.instruction_head import ClearConfig
-from thinkclearly.models.janus.meta import empty_janus
-from thinkclearly.models.load import Checkpoint, load_checkpoint
+from thinkclearly.models.load import Checkpoint, load_checkpoint, load_empty
 from thinkclearly.training import memory, setup
 from thinkclearly.training.clear import ClearArguments
 from thinkclearly.training.methods import parse_options
@@ -38,7 +37,7 @@ def build(base, checkpoint, **lora):
 
 def empty(base, **lora):
     with torch.device("meta"):
-        return build(base, Checkpoint(empty_janus(base), None), **lora)
+        return build(base, Checkpoint(load_empty(base), None), **lora)
 
 
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
@@ -135,7 +134,7 @@ def test_a_config_of_deepseek_alone_is_enough(tmp_path):
     language = {"max_position_embeddings": 16384, "model_type": "llama", "num_hidden_layers": 30, "vocab_size": 102400}
     config = {"model_type": "multi_modality", "language_config": language}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    count = sum(p.numel() for p in empty_janus(str(tmp_path)).parameters())
+    count = sum(p.numel() for p in load_empty(str(tmp_path)).parameters())
     assert count / 1e9 == pytest.approx(7.42, abs=0.02), "Janus-Pro-7B"
 
 
@@ -186,7 +185,7 @@ def test_janus4os_learning_rate_rises_over_a_twentieth_and_ends_at_its_floor(pyt
 def test_a_base_that_is_not_there_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="--base_model a folder"):
-        empty_janus("nobody/no-such-model")
+        load_empty("nobody/no-such-model")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match=str(tmp_path)):
-        empty_janus(str(tmp_path))
+        load_empty(str(tmp_path))

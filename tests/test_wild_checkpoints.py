@@ -16,9 +16,8 @@ from safetensors.torch import save_file
 from thinkclearly.commands import convert
 from thinkclearly.models.finetunes import load_any
 from thinkclearly.models.janus.checkpoint import load_janus
-from thinkclearly.models.janus.meta import empty_janus
 from thinkclearly.models.janus.processor import PAD, JanusProcessor
-from thinkclearly.models.load import load_checkpoint
+from thinkclearly.models.load import load_checkpoint, load_empty
 from thinkclearly.models.weight_files import find_weights
 from thinkclearly.sequence import FULL, answering, drawing, named_row
 
@@ -265,7 +264,7 @@ def test_deepseek_vl_is_refused_as_what_it_is(checkpoint):
 
     rewrite(checkpoint / "config.json", as_deepseek_vl)
     remove_roles(checkpoint)  # nor has its tokenizer what Janus needs; that is not the point
-    for load in (load_checkpoint, load_janus, load_any, empty_janus):
+    for load in (load_checkpoint, load_janus, load_any, load_empty):
         with pytest.raises(ValueError, match="is a deepseek-vl checkpoint.*cannot make any"):
             load(str(checkpoint))
 

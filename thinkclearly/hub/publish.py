@@ -37,9 +37,9 @@ from thinkclearly.hub.card import (
     step_of,
 )
 from thinkclearly.models.finetunes import load_clear_model
+from thinkclearly.models.folder import TINY
 from thinkclearly.models.instruction_head import ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, LOCAL_BASE, read_base_name
 from thinkclearly.models.janus.export import export_deepseek
-from thinkclearly.models.janus.folder import TINY
 from thinkclearly.models.janus.original_finetune import write_original_finetune
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The JSON files of a checkpoint: read, and refused where they claim what cannot be, before anything is built of them.
 
-Knows the names of sizes in Janus configs, native and DeepSeek's. Does not know what they are for.
+Knows the names of sizes in configs of Janus (native and DeepSeek's) and Chameleon. Does not know what they are for.
 """
 
 import json
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    ChameleonConfig,
+    ChameleonVQVAEConfig,
     JanusConfig,
     JanusForConditionalGeneration,
     JanusVisionConfig,
@@ -28,14 +30,17 @@ _COUNTS = dict.fromkeys(
 )
 _WIDTHS = dict.fromkeys(
     ("hidden_size", "intermediate_size", "head_dim", "projection_dim", "embed_dim", "latent_channels", "base_channels")
-    + ("image_token_embed_dim", "image_token_embed", "n_embed", "input_dim", "image_size", "mlp_ratio"),
+    + ("image_token_embed_dim", "image_token_embed", "n_embed", "input_dim", "image_size", "mlp_ratio", "resolution"),
     1 << 17,
 )
-_WORDS = dict.fromkeys(("vocab_size", "num_embeddings", "image_token_size", "num_image_tokens"), 1 << 22)
+_WORDS = dict.fromkeys(
+    ("vocab_size", "num_embeddings", "image_token_size", "num_image_tokens", "image_seq_length"), 1 << 22
+)
 _LARGEST = _COUNTS | _WIDTHS | _WORDS
 CONFIG_NAMES = _LARGEST.keys() | {"architectures", "language_config", "params", "cls", "model_name", "projector_type"}
-for _kind in (JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig):
+for _kind in (JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig, ChameleonConfig, ChameleonVQVAEConfig):
     CONFIG_NAMES |= _kind.__dataclass_fields__.keys()
+VOCABULARY = "vocabulary_map"  # of a Chameleon config: names are words, numbers are their ids
 _PACKED = 16  # a quantised file holds up to 8 weights in a number; tied weights are stored once
 
 
@@ -63,28 +68,41 @@ def read_config(path: str | Path, known: Collection[str]) -> dict:
     Raises:
         ValueError: as [`read_json`]; the same name twice in one object, or in other letters, at any depth.
     """
-    path, twice, odd = Path(path), [], []
+    path, problems = Path(path), {}
 
     def look(pairs: list[tuple]) -> dict:
-        seen = {}
+        seen, twice, odd = {}, None, None
         for name, _ in pairs:
-            twice.extend([(seen[name.lower()], name)] if name.lower() in seen else [])
-            odd.extend([name] if name not in known and name.lower() in known else [])
+            twice = twice or (name.lower() in seen and (seen[name.lower()], name))
+            odd = odd or (name not in known and name.lower() in known and name)
             seen[name.lower()] = name
-        return dict(pairs)
+        content = dict(pairs)
+        problems[id(content)] = twice, odd
+        return content
 
     content = read_json(path, look)
-    if twice:
-        raise ValueError(f"{path} has {' and '.join(map(repr, twice[0]))} in one object; remove one of them.")
-    if odd:
-        raise ValueError(f"{path} has {odd[0]!r}; expected {odd[0].lower()!r}, as the names are written.")
+    objects = [content]
+    while objects:
+        inside = objects.pop()
+        if isinstance(inside, dict):
+            _raise_unclear(path, *problems[id(inside)])
+            # The words of a vocabulary may well differ by their letters' case alone.
+            inside = [value for name, value in inside.items() if name != VOCABULARY]
+        objects += inside if isinstance(inside, list) else []
     return content
+
+
+def _raise_unclear(path: Path, twice: tuple[str, str] | None, odd: str | None) -> None:
+    if twice:
+        raise ValueError(f"{path} has {' and '.join(map(repr, twice))} in one object; remove one of them.")
+    if odd:
+        raise ValueError(f"{path} has {odd!r}; expected {odd.lower()!r}, as the names are written.")
 
 
 def check_sizes(config: dict, where: str | Path) -> None:
     """Raises `ValueError` for a number of layers, channels, words, … that no Janus model has."""
     for name, value in config.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name != VOCABULARY:
             check_sizes(value, where)
         elif name in _LARGEST and value is not None:
             sizes = value if isinstance(value, list) else [value]

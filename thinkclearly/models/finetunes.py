@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 
 from thinkclearly.models.adapter_config import matching_modules, read_adapter_config
+from thinkclearly.models.folder import TINY, resolve
 from thinkclearly.models.instruction_head import (
     CONFIG_FILE,
     ClearConfig,
@@ -23,7 +24,6 @@ from thinkclearly.models.instruction_head import (
     read_clear_config,
 )
 from thinkclearly.models.janus.checkpoint import load_janus, offloaded
-from thinkclearly.models.janus.folder import TINY, resolve
 from thinkclearly.models.janus.original_finetune import (
     check_original_base,
     is_original_finetune,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from huggingface_hub import hf_hub_download
 from transformers import PreTrainedModel
 
+from thinkclearly.models.chameleon.checkpoint import empty_chameleon, load_chameleon
+from thinkclearly.models.chameleon.model import Chameleon
+from thinkclearly.models.chameleon.processor import ChameleonProcessor
+from thinkclearly.models.folder import TINY, read_family, read_model_config
 from thinkclearly.models.janus.checkpoint import load_janus
-from thinkclearly.models.janus.folder import TINY, read_janus_config
 from thinkclearly.models.janus.meta import empty_janus
 from thinkclearly.models.janus.model import Janus
 from thinkclearly.models.janus.processor import JanusProcessor
-from thinkclearly.models.protocol import TokenModel
+from thinkclearly.models.protocol import Processor, TokenModel
 
 
 @dataclass
@@ -19,7 +24,7 @@ class Checkpoint:
     """transformers' model and the processor that belongs to it."""
 
     network: PreTrainedModel
-    processor: JanusProcessor
+    processor: Processor
 
     @property
     def token_model(self) -> TokenModel:
@@ -30,7 +35,9 @@ def token_model(network: PreTrainedModel) -> TokenModel:
     """transformers' model (without PEFT around it) as its family's `TokenModel`."""
     if network.config.model_type == "janus":
         return Janus(network)
-    raise ValueError(f"model_type {network.config.model_type!r}; expected 'janus'")
+    if network.config.model_type == "chameleon":
+        return Chameleon(network)
+    raise ValueError(f"model_type {network.config.model_type!r}; expected 'janus' or 'chameleon'")
 
 
 def load_checkpoint(
@@ -47,9 +54,12 @@ def load_checkpoint(
         FileNotFoundError, ValueError: as `load_janus`, or the processor is for pictures of another size.
     """
     path = str(TINY) if name_or_path == "tiny" else str(name_or_path)
-    read_janus_config(path, revision, token)  # another family is named before its tokenizer is found wanting
-    processor = JanusProcessor.from_pretrained(path, revision=revision, token=token)
-    network = load_janus(path, revision=revision, token=token, **kwargs)
+    # Read first: another family is named before its tokenizer is found wanting.
+    _, config = read_model_config(path, revision, token)
+    chameleon = config["model_type"] == "chameleon"
+    kind, load = (ChameleonProcessor, load_chameleon) if chameleon else (JanusProcessor, load_janus)
+    processor = kind.from_pretrained(path, revision=revision, token=token)
+    network = load(path, revision=revision, token=token, **kwargs)
     family = token_model(network)
     expected = family.image_size, family.grid**2
     found = processor.image_size, processor.num_image_tokens
@@ -62,5 +72,22 @@ def load_checkpoint(
 
 
 def load_empty(name_or_path: str, revision: str | None = None) -> PreTrainedModel:
-    """The model that a checkpoint's `config.json` describes, on the meta device; see `empty_janus`."""
-    return empty_janus(name_or_path, revision)
+    """The model that a checkpoint's `config.json` describes, on the meta device.
+
+    Args:
+        name_or_path: as for `load_checkpoint`; of a Hub id only `config.json` is downloaded.
+
+    Raises:
+        FileNotFoundError: no config there. ValueError: not one of our families.
+    """
+    folder = TINY if name_or_path == "tiny" else Path(name_or_path)
+    if not folder.is_dir():
+        try:
+            folder = Path(hf_hub_download(str(name_or_path), "config.json", revision=revision)).parent
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"The config.json of {name_or_path} cannot be read ({str(error).splitlines()[0]}). Offline, "
+                "give --base_model a folder that holds it; weights are not needed."
+            ) from error
+    config = read_family(folder / "config.json")
+    return (empty_chameleon if config["model_type"] == "chameleon" else empty_janus)(config, folder)

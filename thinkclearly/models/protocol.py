@@ -5,12 +5,16 @@ A family is a folder beside this file: a class that fulfils `TokenModel`, its pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from thinkclearly.sequence import Row
 
 
 @dataclass
@@ -49,7 +53,7 @@ class TokenModel(Protocol):
         grid, image_size: patches and pixels along a side of a picture.
         learning_parts: names among `parts()` of what LoRA adapts and full fine-tuning trains unless told otherwise.
         tokenizer_part, tower_part: names among `parts()` of the image tokenizer, which never learns, and of what `see`
-            runs.
+            runs: the same where a family has no tower, and sees a picture by its codes.
     """
 
     network: PreTrainedModel
@@ -69,12 +73,18 @@ class TokenModel(Protocol):
         """Codes, long (B, N), to pictures, float32 (B, 3, S, S), about [-1, 1], not clipped."""
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pictures, float (B, 3, S, S), to what the understanding tower makes of them: (B, N, W)."""
+        """Pictures, float (B, 3, S, S), to what the understanding tower makes of them: (B, N, W).
+
+        Without a tower, the embeddings of their codes.
+        """
 
     def embed_prompt(
         self, prompt: PromptBatch, features: torch.Tensor | None = None, codes: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Rows (B, L, H) with features (M, N, W) and codes (M, N) of the batch's M pictures in their slots."""
+
+    def embed_words(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids, long (B, L), as the language model reads them: (B, L, H)."""
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes, long (B, n), as the language model reads them: (B, n, H)."""
@@ -93,6 +103,60 @@ class TokenModel(Protocol):
 
     def base_fingerprint(self) -> str:
         """Names the weights under an adapter; "" where they are rounded in a way that hides which they are."""
+
+
+class Processor(Protocol):
+    """Pictures to pixel values and segments to token ids, as the family's models were trained on them.
+
+    Attributes:
+        image_size: side of the model's square pictures, pixels.
+        num_image_tokens, grid: N = grid², codes of a picture.
+        bos_id, eos_id, pad_id, boi_id, eoi_id, image_id: token ids: of the beginning and the end of a text, padding,
+            the beginning and the end of a picture, and a place for what a picture is read as.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_size: int
+    num_image_tokens: int
+    grid: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    boi_id: int
+    eoi_id: int
+    image_id: int
+
+    def pixel_values(self, squares) -> torch.Tensor:
+        """Square PIL pictures of the model's size to float32 (B, 3, S, S)."""
+
+    def rows(self, rows: Sequence[Row], outputs: bool = False) -> PromptBatch:
+        """Token ids and slots of rows, left-padded to one length.
+
+        Args:
+            outputs: also room for what is to be predicted, for teacher forcing: N - 1 codes after the last BOI. An
+                answer in words belongs to its sample and is always there.
+
+        Raises:
+            ValueError: a row withholds what the family was never trained without.
+        """
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """What follows the prompt of a question: the words and the end of the turn."""
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes tokenizer and processor files."""
+
+
+def fill_pictures(
+    embeds: torch.Tensor, prompt: PromptBatch, features: torch.Tensor | None, codes: torch.Tensor | None
+) -> torch.Tensor:
+    """Writes features and codes of M pictures, embedded, (M, N, H) each, into their slots of embeds (B, L, H)."""
+    for slots, values in ((prompt.seen_slots, features), (prompt.known_slots, codes)):
+        if values is None:
+            continue
+        for slot, picture in zip(slots.unbind(1), prompt.pictures.unbind(1)):
+            embeds = fill(embeds, slot, values.to(embeds)[picture])
+    return embeds
 
 
 def fill(embeds: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ from thinkclearly.decoding.engine import MAX_BLOCK, guided_rows
 from thinkclearly.editing.settings import EditSettings
 from thinkclearly.models.config_files import read_json
 from thinkclearly.models.cross_entropy import chunk_length
+from thinkclearly.models.folder import resolve
 from thinkclearly.models.instruction_head import ADAPTER_FILE, ClearConfig, InstructionModel
-from thinkclearly.models.janus.folder import resolve
 from thinkclearly.models.load import Checkpoint, load_empty
 from thinkclearly.models.protocol import TokenModel
 from thinkclearly.training.grpo import GrpoArguments

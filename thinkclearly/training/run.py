@@ -18,7 +18,7 @@ from thinkclearly.data.splits import PreparedData
 from thinkclearly.files import is_local, write_text
 from thinkclearly.hub.card import RECIPE_FILE, write_card
 from thinkclearly.hub.trainer import PublishingTrainer
-from thinkclearly.models.janus.folder import resolve
+from thinkclearly.models.folder import resolve
 from thinkclearly.models.load import Checkpoint
 from thinkclearly.training.callbacks import CollapseAlarm, SaveOnSigterm, Speed
 from thinkclearly.training.checkpoints import EarlierRun, start_over

@@ -10,8 +10,8 @@ from accelerate import PartialState
 from thinkclearly.data.features import FeatureCache, cache_features
 from thinkclearly.data.splits import PreparedData
 from thinkclearly.files import is_local
+from thinkclearly.models.folder import resolve
 from thinkclearly.models.instruction_head import ClearConfig, InstructionModel, read_clear_config
-from thinkclearly.models.janus.folder import resolve
 from thinkclearly.models.load import Checkpoint, load_checkpoint
 from thinkclearly.models.quantization import quantization
 from thinkclearly.training.adapters import add_lora, go_on_with, train_fully

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration
 
 from thinkclearly.models.config_files import check_claims, config_errors
+from thinkclearly.models.folder import check_adapter, read_if_there, read_model_config, resolve
 from thinkclearly.models.janus import deepseek
-from thinkclearly.models.janus.folder import check_adapter, read_if_there, read_janus_config, resolve
 from thinkclearly.models.quantization import spare
 from thinkclearly.models.weight_files import find_weights, open_weights
 
@@ -69,8 +69,10 @@ def load_janus(
     """
     if device is not None and device_map is not None:
         raise ValueError(f"Both device={device!r} and device_map={device_map!r} were given; give one of them.")
-    folder, config = read_janus_config(name_or_path, revision, token)
+    folder, config = read_model_config(name_or_path, revision, token)
     model_type = config["model_type"]
+    if model_type == "chameleon":
+        raise ValueError(f"{name_or_path} is a Chameleon, not a Janus; load it with `load_checkpoint`.")
     if model_type == "multi_modality" and (quantization_config is not None or device_map is not None):
         raise ValueError(
             f"{name_or_path} is in DeepSeek's layout, which is converted tensor by tensor: quantization_config "

@@ -13,8 +13,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import JanusForConditionalGeneration
 
+from thinkclearly.models.folder import TOKENIZER_FILES, read_if_there, resolve
 from thinkclearly.models.janus import deepseek
-from thinkclearly.models.janus.folder import TOKENIZER_FILES, read_if_there, resolve
 
 logger = logging.getLogger(__name__)
 

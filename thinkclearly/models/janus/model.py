@@ -5,19 +5,14 @@ Knows nothing of CLEAR, and nothing of files.
 
 from __future__ import annotations
 
-import hashlib
-import threading
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from torch import nn
 from transformers import JanusForConditionalGeneration
 
-from thinkclearly.models.protocol import PromptBatch, fill
-
-_PRECISION = threading.RLock()  # what it guards belongs to the process
+from thinkclearly.models.exact import full_precision, hash_of
+from thinkclearly.models.protocol import PromptBatch, fill_pictures
 
 
 class Janus:
@@ -57,14 +52,14 @@ class Janus:
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         vq = self.network.model.vqmodel
-        with _full_precision(vq.device):
+        with full_precision(vq.device):
             codes = vq.encode(pixels.to(vq.device, torch.float32)).image_tokens.view(pixels.shape[0], -1)
         return codes.to(pixels.device)
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         vq = self.network.model.vqmodel
-        with _full_precision(vq.device):
+        with full_precision(vq.device):
             return vq.decode(codes.to(vq.device)).float().to(codes.device)
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -75,15 +70,12 @@ class Janus:
     def embed_prompt(
         self, prompt: PromptBatch, features: torch.Tensor | None = None, codes: torch.Tensor | None = None
     ) -> torch.Tensor:
-        embeds = self.network.get_input_embeddings()(prompt.input_ids).to(prompt.input_ids.device)
         seen = None if features is None else self.network.model.aligner(features)
         known = None if codes is None else self.embed_codes(codes)
-        for slots, values in ((prompt.seen_slots, seen), (prompt.known_slots, known)):
-            if values is None:
-                continue
-            for slot, picture in zip(slots.unbind(1), prompt.pictures.unbind(1)):
-                embeds = fill(embeds, slot, values.to(embeds)[picture])
-        return embeds
+        return fill_pictures(self.embed_words(prompt.input_ids), prompt, seen, known)
+
+    def embed_words(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.network.get_input_embeddings()(ids).to(ids.device)
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
         return self.network.prepare_embeddings_for_image_generation(codes)
@@ -101,7 +93,7 @@ class Janus:
         """SHA-256 of the codebook's unit rows and of the encoder's last weights, rounded to float16."""
         vq = self.network.model.vqmodel
         tensors = F.normalize(vq.quantize.embedding.weight.detach().float(), dim=-1), vq.quant_conv.weight.detach()
-        return _fingerprint(tensor.to("cpu", torch.float16) for tensor in tensors)
+        return hash_of(tensor.to("cpu", torch.float16) for tensor in tensors)
 
     def base_fingerprint(self) -> str:
         """SHA-256 of the generation head, language norms and every 64th word, rounded to bfloat16.
@@ -122,33 +114,4 @@ class Janus:
             with align_module_device(module):
                 rows = module.weight[::64] if module is core.language_model.embed_tokens else module.weight
                 tensors.append(rows.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16))
-        return _fingerprint(tensors)
-
-
-def _fingerprint(tensors) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _full_precision(device: torch.device):
-    """The VQ model runs in float32 whatever the rest does: an argmin over codes depends on the dtype.
-
-    TF32, which CUDA takes for float32 unless told otherwise, is off meanwhile.
-    """
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
-            yield
-            return
-        with _PRECISION:
-            kinds = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-            before = [kind.fp32_precision for kind in kinds]
-            try:
-                for kind in kinds:
-                    kind.fp32_precision = "ieee"
-                yield
-            finally:
-                for kind, precision in zip(kinds, before):
-                    kind.fp32_precision = precision
+        return hash_of(tensors)

@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from thinkclearly.images import to_pixel_values
 from thinkclearly.models.config_files import read_config
+from thinkclearly.models.prompt_rows import RowLayout, batch_rows
 from thinkclearly.models.protocol import PromptBatch
 from thinkclearly.sequence import Drawn, Known, Row, Sample, Seen, Words, conditions
 
@@ -147,34 +148,14 @@ class JanusProcessor:
             outputs: also room for what is to be predicted, for teacher forcing: N - 1 codes after the last BOI. An
                 answer in words belongs to its sample and is always there.
         """
-        ids, seen, known, pictures, drawn = zip(*(self._layout(row) for row in rows))
-        fed_back = self.num_image_tokens - 1 if outputs else 0
-        ids = [row + [self.pad_id] * (fed_back if start >= 0 else 0) for row, start in zip(ids, drawn)]
-        pads = [max(map(len, ids)) - len(row) for row in ids]
-        width = max(map(len, pictures))
-
-        def slots(columns):
-            """(B, P), or (B, 1) where there is one a row; moved along by the padding, -1 where there is nothing."""
-            moved = [[s + pad if s >= 0 else -1 for s in column] for pad, column in zip(pads, columns)]
-            return torch.tensor([row + [-1] * (width - len(row)) for row in moved]).view(len(ids), width)
-
-        return PromptBatch(
-            torch.tensor([[self.pad_id] * pad + row for pad, row in zip(pads, ids)]),
-            torch.tensor([[0] * pad + [1] * len(row) for pad, row in zip(pads, ids)]),
-            slots(seen),
-            slots(known),
-            torch.tensor([list(row) + [-1] * (width - len(row)) for row in pictures]).view(len(ids), width),
-            torch.tensor([start + pad if outputs and start >= 0 else -1 for pad, start in zip(pads, drawn)]),
-        )
+        return batch_rows(list(map(self._layout, rows)), self.pad_id, self.num_image_tokens - 1 if outputs else 0)
 
     def answer_ids(self, answer: str) -> list[int]:
         """What follows the prompt of a question: the words and the end of the turn."""
         ids = self.tokenizer.encode(f" {answer.strip()}{EOS}", add_special_tokens=False)
         return ids[1:] if ids[0] == self.bos_id else ids
 
-    def _layout(self, row: Row) -> tuple[list[int], list[int], list[int], list[int], int]:
-        """Ids without padding; per picture its slots for features and codes (-1 for none) and its number; and where
-        the first drawn code is fed back (-1 where nothing is drawn)."""
+    def _layout(self, row: Row) -> RowLayout:
         ids = self._tokenize(self._text(row.sample))
         begins = iter(i for i, token in enumerate(ids) if token == self.boi_id)
         seen, known = {}, {}
@@ -193,8 +174,8 @@ class JanusProcessor:
         for segment in row.sample:
             if isinstance(segment, Words) and segment.answer:
                 ids = ids + self.answer_ids(segment.text)
-        slots = [[slots.get(picture, -1) for picture in pictures] for slots in (seen, known)]
-        return ids, *slots, pictures, len(ids) if draws else -1
+        found = ([slots.get(picture, -1) for picture in pictures] for slots in (seen, known))
+        return RowLayout(ids, *found, pictures, len(ids) if draws else -1)
 
     def _text(self, sample: Sample) -> str:
         """The prompt up to where the model goes on: with the BOI of a picture to draw, without an answer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import JanusConfig, JanusForConditionalGeneration, LlamaConfig
 
-from thinkclearly.models.janus.folder import TINY
+from thinkclearly.models.folder import TINY
 from thinkclearly.models.janus.processor import JanusProcessor
 
 

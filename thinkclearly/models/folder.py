@@ -1,4 +1,4 @@
-"""Where a Janus checkpoint's files lie, and whether its `config.json` is one of ours. Knows no weights."""
+"""Where a checkpoint's files lie, and which family its `config.json` belongs to. Knows no weights."""
 
 import logging
 import os
@@ -13,7 +13,12 @@ from thinkclearly.models.janus import deepseek
 
 logger = logging.getLogger(__name__)
 
-TINY = Path(__file__).parents[2] / "tiny_janus"  # ships with this package
+TINY = Path(__file__).parents[1] / "tiny_janus"  # ships with this package
+FAMILIES = {  # by the `model_type` of their configs
+    "janus": "Janus in transformers' layout",
+    "multi_modality": "DeepSeek's Janus, Janus-Pro, Janus-4o",
+    "chameleon": "Chameleon, Anole, TwGI",
+}
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 
@@ -40,24 +45,31 @@ def resolve(
         ) from error
 
 
-def read_janus_config(
+def read_model_config(
     name_or_path: str | os.PathLike, revision: str | None = None, token: str | None = None
 ) -> tuple[Path, dict]:
-    """The folder with a checkpoint's small files, and its `config.json`; errors as in `load_janus`."""
+    """The folder with a checkpoint's small files, and its `config.json`.
+
+    Raises:
+        FileNotFoundError: no such folder or config. ValueError: it cannot be read, or is of another family.
+    """
     folder = resolve(name_or_path, revision, token, ("*.json", *TOKENIZER_FILES))
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; expected a Janus checkpoint, native or DeepSeek's.")
-    config = read_config(folder / "config.json", CONFIG_NAMES)
-    model_type = config.get("model_type")
-    if model_type not in ("janus", "multi_modality"):
-        raise ValueError(
-            f"{folder / 'config.json'} has model_type {model_type!r}; expected 'janus' (native) or 'multi_modality' "
-            "(DeepSeek's Janus, Janus-Pro, Janus-4o)."
-        )
-    if model_type == "multi_modality":
+        raise FileNotFoundError(f"{folder} has no config.json; expected a checkpoint of Janus or Chameleon.")
+    config = read_family(folder / "config.json")
+    if config["model_type"] == "multi_modality":
         deepseek.check_family(config, str(folder))
-    check_sizes(config, folder / "config.json")
     return folder, config
+
+
+def read_family(path: Path) -> dict:
+    """A `config.json` of one of our families; errors as in `read_model_config`."""
+    config = read_config(path, CONFIG_NAMES)
+    if (model_type := config.get("model_type")) not in list(FAMILIES):  # which may be unhashable
+        found = "; ".join(f"{name!r} ({of})" for name, of in FAMILIES.items())
+        raise ValueError(f"{path} has model_type {model_type!r}; expected one of {found}.")
+    check_sizes(config, path)
+    return config
 
 
 def check_adapter(folder: Path, model_type: str) -> None:
@@ -69,7 +81,7 @@ def check_adapter(folder: Path, model_type: str) -> None:
             f"{folder} holds whole weights and an adapter ({found[0]}): which of the two is meant cannot be told. "
             "Move the adapter_* files to a folder of their own, or remove them."
         )
-    if model_type == "janus":
+    if model_type != "multi_modality":
         raise ValueError(
             f"{folder} has an adapter_config.json, but no adapter beside it; transformers would look for one. Remove "
             "that file."
