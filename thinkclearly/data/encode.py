@@ -90,11 +90,13 @@ class Layout:
         features: all columns that are stored.
         read: (row, size of the square, grid) → `Record`; raises `BadRecord`. It runs in workers and knows no model.
         transforms: of the instructions that are encoded beside the source; see `Preparation`.
+        also: names what else `read` depends on, such as a tokenizer.
     """
 
     features: Features
     read: Callable[[Mapping, int, int], Record]
     transforms: dict[str, str] = field(default_factory=dict)
+    also: str = ""
 
 
 def encode_dataset(
@@ -319,6 +321,7 @@ def _fingerprint(rows: Dataset, checkpoint: Checkpoint, info: Preparation, layou
     scale = [checkpoint.processor.image_mean, checkpoint.processor.image_std]
     geometry = [info.codebook_hash, info.image_size, info.num_image_tokens, scale, SHARD_SIZE]
     text = json.dumps([rows._fingerprint, *geometry, [*layout.features], *layout.transforms.items()])
+    text += layout.also
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -6,11 +6,13 @@ from dataclasses import MISSING, dataclass, fields
 
 from thinkclearly.recipe import check_choice, option
 
-SOURCES = ("shapes", "magicbrush", "folder", "sharegpt4o", "captions", "pairs", "jsonl", "prepared")
+SOURCES = ("shapes", "magicbrush", "folder", "sharegpt4o", "captions", "pairs", "thoughts", "jsonl", "prepared")
 # Data options that not every source can use: given to another one, they would be ignored.
 _USED_BY = {
     **dict.fromkeys(("shapes_size", "pair_shapes", "photos_folder"), ("shapes",)),
     **dict.fromkeys(("turn_index", "streaming"), ("magicbrush",)),
+    "thought_mode": ("shapes", "thoughts"),
+    "wrong_share": ("shapes",),
     "split": ("magicbrush", "pairs"),
     **dict.fromkeys(("path", "shuffle", "include", "exclude", "match"), SOURCES[1:]),
     **dict.fromkeys(
@@ -27,7 +29,7 @@ class DataArguments:
     source: str = option(
         "shapes",
         "shapes (built in), magicbrush, folder (sample_XXXX), sharegpt4o (JSON), captions, pairs (of prompts, JSON), "
-        "jsonl, or prepared.",
+        "thoughts (JSON lines), jsonl, or prepared.",
     )
     path: str | None = option(None, "Folder, file or Hub id of the data; not needed for shapes.")
     split: str = option("train", "Split of a Hub data set.")
@@ -42,6 +44,13 @@ class DataArguments:
     pair_shapes: int | None = option(
         None, "shapes: how many stand on a prompt pair's first scene; 1 to 3 if not given."
     )
+    thought_mode: list[str] = option(
+        [],
+        "thoughts: critique or subgoals puts prompts into the original's words; as they are if not given. shapes: the "
+        "kinds of thoughts that are made: critique if not given, subgoals, general (the picture at once).",
+    )
+    wrong_share: float = option(0.5, "shapes: share of critiques whose first picture has a mistake.")
+    max_stream: int = option(5120, "Thoughts of this many tokens or more are left out.")
     photos_folder: str | None = option(
         None, "shapes: draw on the photographs of this folder instead of the packaged ones."
     )
@@ -67,6 +76,12 @@ class DataArguments:
         check_choice("match", self.match, ("any", "all"))
         check_choice("clear_label", self.clear_label, ("tokens", "pixels", "mask"))
         check_choice("on_bad_record", self.on_bad_record, ("error", "skip"))
+        for mode in self.thought_mode:
+            check_choice("thought_mode", mode, ("general", "critique", "subgoals"))
+        if self.source == "thoughts" and len(self.thought_mode) > 1:
+            raise ValueError(f"thought_mode={self.thought_mode}: source: thoughts takes one, for all of its prompts")
+        if not 0 <= self.wrong_share <= 1:
+            raise ValueError(f"wrong_share={self.wrong_share}; expected a share between 0 and 1")
         if self.source != "shapes" and not self.path and self.source != "magicbrush":
             raise ValueError(f"source: {self.source} needs path: the folder or file to read")
         for name, least in (("limit", 1), ("eval_samples", 0), ("calibration_edits", 0)):

@@ -45,6 +45,7 @@ class PreparedData:
     Args:
         calibration: fits the gate.
         test: what is reported.
+        left_out: thoughts that were too long.
         rows: by the name of a part the photo pairs that it came from, record for record, where there are pictures.
     """
 
@@ -52,6 +53,7 @@ class PreparedData:
     calibration: Dataset | None = None
     test: Dataset | None = None
     rows: dict[str, Dataset] = field(default_factory=dict)
+    left_out: int = 0
 
 
 def build_data(
@@ -76,13 +78,13 @@ def build_data(
         "instructions": instructions,
         "clear_label": data.clear_label,
         "pixel_tolerance": data.pixel_tolerance,
-        **_encoding(data),
+        **encoding(data),
     }
     prepare = partial(prepare_dataset, checkpoint=checkpoint, directory=data.prepared_dir, **options)
     if data.source in ("jsonl", "prepared"):
         with state.main_process_first():
             return split_records(_read_tokens(data, checkpoint, instructions), None, data, parts)
-    _tokenizer_to_device(checkpoint)
+    tokenizer_to_device(checkpoint)
     if data.source == "shapes":
         return _build_shapes(data, prepare, parts)
     with state.main_process_first():
@@ -98,13 +100,13 @@ def build_samples(data: DataArguments, checkpoint: Checkpoint) -> PreparedData:
     if data.source not in ("sharegpt4o", "captions", "pairs", "shapes"):
         known = "sharegpt4o, captions, pairs or shapes"
         raise ValueError(f"source: {data.source} has photo pairs alone; --method sft reads {known}")
-    _tokenizer_to_device(checkpoint)
+    tokenizer_to_device(checkpoint)
     if data.source in ("pairs", "shapes"):
         return _samples_of_pairs(data, checkpoint)
     with PartialState().main_process_first():
         read = sharegpt4o_samples if data.source == "sharegpt4o" else captioned_pictures
         rows = select_rows(read(data.path), data)
-    records = prepare_samples(rows, checkpoint, data.prepared_dir, **_encoding(data))
+    records = prepare_samples(rows, checkpoint, data.prepared_dir, **encoding(data))
     with PartialState().main_process_first():
         return split_records(records, None, replace(data, calibration_edits=0), ("train", "test"))
 
@@ -114,7 +116,7 @@ def _samples_of_pairs(data: DataArguments, checkpoint: Checkpoint) -> PreparedDa
     for part in [part for part in ("train", "test") if getattr(found, part) is not None]:
         with PartialState().main_process_first():
             rows = pair_samples(getattr(found, part))
-        setattr(samples, part, prepare_samples(rows, checkpoint, data.prepared_dir, **_encoding(data)))
+        setattr(samples, part, prepare_samples(rows, checkpoint, data.prepared_dir, **encoding(data)))
     return samples
 
 
@@ -192,7 +194,8 @@ def _picture_name(picture: dict) -> str:
     return os.path.realpath(picture["path"]) if content is None else hashlib.sha256(content).hexdigest()
 
 
-def _encoding(data: DataArguments) -> dict:
+def encoding(data: DataArguments) -> dict:
+    """Options of `encode_dataset`."""
     return {
         "batch_size": data.prepare_batch_size,
         "on_bad_record": data.on_bad_record,
@@ -200,7 +203,8 @@ def _encoding(data: DataArguments) -> dict:
     }
 
 
-def _tokenizer_to_device(checkpoint: Checkpoint) -> None:
+def tokenizer_to_device(checkpoint: Checkpoint) -> None:
+    """The image tokenizer to this process's device."""
     family = checkpoint.token_model
     family.parts()[family.tokenizer_part].to(PartialState().device)
 
@@ -258,7 +262,8 @@ def select_rows(rows: Dataset, data: DataArguments) -> Dataset:
     """The first `limit` records whose words are wanted, shuffled before where that is asked for."""
     if data.include or data.exclude:
         words = (data.include, data.exclude, data.match)
-        texts = map("\n".join, rows["prompts"]) if "prompts" in rows.column_names else rows["instruction"]
+        name = next(name for name in ("prompts", "prompt", "instruction") if name in rows.column_names)
+        texts = map("\n".join, rows["prompts"]) if name == "prompts" else rows[name]
         wanted = [i for i, text in enumerate(texts) if sources.keeps(text, *words)]
         if not wanted:
             raise ValueError(f"{data.path}: none of {len(rows)} records is left; relax include and exclude.")
@@ -282,7 +287,7 @@ def split_records(
         origins: instead of the records' own.
     """
     wanted = {"test": data.eval_samples, "calibration": data.calibration_edits}
-    if "source" not in records.column_names:
+    if not {"source", "copied"} & set(records.column_names):
         wanted["calibration"] = 0  # which edits pictures
     counts = {part: count for part, count in held_out_counts(len(records), wanted).items() if count}
     groups = group_records(records["origins"][:] if origins is None else origins)

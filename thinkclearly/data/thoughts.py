@@ -201,6 +201,16 @@ def from_edits(rows: datasets.Dataset) -> datasets.Dataset:
     return rows.map(convert, remove_columns=rows.column_names, features=THOUGHTS, desc="critiques")
 
 
+def from_captions(rows: datasets.Dataset) -> datasets.Dataset:
+    """Captioned pictures (`data.samples.SAMPLES`) as thoughts without words: the caption is the prompt."""
+
+    def convert(row: Mapping) -> dict:
+        values = {"key": row["key"], "prompt": row["instruction"], "response": IMAGE, "images": [row["target"]]}
+        return values | {"edit_of": [-1], "scene": ""}
+
+    return rows.map(convert, remove_columns=rows.column_names, features=THOUGHTS, desc="captions")
+
+
 def _row(key: str, thought: Thought, size: int) -> dict:
     images = []
     for scene in thought.scenes:

@@ -20,6 +20,7 @@ from thinkclearly.training.options import LoraArguments, ModelArguments, Options
 METHODS = {
     "clear": "Instruction tokens: labels over K + I classes, so that unchanged patches are copied.",
     "sft": "Supervised: pictures from words, edits and answers, as Janus-4o was trained.",
+    "interleaved": "Thoughts: words and pictures that alternate in one stream, as TwGI was trained.",
     "distill": "Guidance distillation: one row learns what guided rows draw, for drawing and for edits.",
     "grpo": "Rewards: samples compared in groups, as FocusDiff was trained; for drawing and for edits.",
 }

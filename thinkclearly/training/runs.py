@@ -59,7 +59,7 @@ MAY_CHANGE = (
 )
 # What of prepared records a fingerprint is made of.
 WORDS = ("key", "instruction", "answer", "prompts", "scene", "edit")
-CODES = ("input_tokens", "output_tokens", "transformed_tokens", "content")
+CODES = ("input_tokens", "output_tokens", "transformed_tokens", "content", "input_ids", "copied")
 # Places of this machine, and what is of a single command.
 _NOT_KEPT = ("output_dir", "prepared_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run", "local_rank")
 

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from thinkclearly.data.collator import Collator
 from thinkclearly.models.cross_entropy import Scores, weighted_loss
 from thinkclearly.models.instruction_head import InstructionModel
-from thinkclearly.models.protocol import Processor
+from thinkclearly.models.janus.processor import JanusProcessor
 from thinkclearly.training.base import ModelTrainer
 
 
@@ -33,11 +33,12 @@ class SupervisedTrainer(ModelTrainer):
     """
 
     loss_is_scaled_for_ga = True
+    train_mean_names = ("accuracy", "answer_accuracy")
 
     def __init__(
         self,
         model: InstructionModel,
-        processor: Processor,
+        processor: JanusProcessor,
         data_collator: Collator,
         instruction_weight: float = 1.0,
         answer_weight: float = 1.0,
@@ -48,7 +49,7 @@ class SupervisedTrainer(ModelTrainer):
         self.instruction_weight = self.eval_instruction_weight = instruction_weight
         self.answer_weight = answer_weight
         self.eval_collator = data_collator.without_dropout()
-        self.train_accuracy = {name: MeanMetric().to(self.args.device) for name in ("accuracy", "answer_accuracy")}
+        self.train_means = {name: MeanMetric().to(self.args.device) for name in self.train_mean_names}
 
     # ---- the loss ----------------------------------------------------------------------------------------------
 
@@ -82,9 +83,9 @@ class SupervisedTrainer(ModelTrainer):
         """Takes what is logged out of a batch's scores; `mode` is "train" or "eval". Methods add their own."""
         if mode == "train":
             right = (scores.predicted == inputs["labels"]).float()
-            self.train_accuracy["accuracy"].update(right, (self.code_weights(inputs, 1.0) > 0).float())
+            self.train_means["accuracy"].update(right, (self.code_weights(inputs, 1.0) > 0).float())
             if scores.word is not None:
-                self.train_accuracy["answer_accuracy"].update((scores.word == inputs["word_labels"]).float())
+                self.train_means["answer_accuracy"].update((scores.word == inputs["word_labels"]).float())
 
     # ---- evaluation --------------------------------------------------------------------------------------------
 
@@ -93,12 +94,17 @@ class SupervisedTrainer(ModelTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             scores = model(**_model_inputs(inputs))
-            self.eval_sums += self.accelerator.gather_for_metrics(self._row_sums(scores, inputs)).sum(0)
+            self.eval_sums = self.eval_sums + self.accelerator.gather_for_metrics(self._row_sums(scores, inputs)).sum(
+                0
+            )
             self.measure("eval", scores, inputs)
         return None, None, None
 
     def _row_sums(self, scores: Scores, inputs: dict) -> torch.Tensor:
-        """Of each row (B, 6): weighted loss, weights, codes right and counted, words right and counted."""
+        """What evaluation adds up, float32 (B, S); `sums_to_metrics` divides.
+
+        Of each row (S = 6): weighted loss, weights, codes right and counted, words right and counted.
+        """
         weights = self.code_weights(inputs, self.eval_instruction_weight)
         counted = (weights > 0).float()
         right = (scores.predicted == inputs["labels"]).float() * counted
@@ -119,16 +125,20 @@ class SupervisedTrainer(ModelTrainer):
             self.data_collator = training
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        self.eval_sums = torch.zeros(6, device=self.args.device)
+        self.eval_sums = torch.zeros((), device=self.args.device)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, weight, right, counted, words_right, words = self.eval_sums.tolist()
-        found = {"loss": loss / weight, **self.eval_metrics()}
-        if counted:
-            found.setdefault("accuracy", right / counted)
-        if words:
-            found["answer_accuracy"] = words_right / words
+        found = self.sums_to_metrics(*self.eval_sums.tolist()) | self.eval_metrics()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
+
+    def sums_to_metrics(self, loss, weight, right, counted, words_right, words) -> dict[str, float]:
+        """Means over all that was evaluated, from the sums of `_row_sums`."""
+        found = {"loss": loss / weight}
+        if counted:
+            found["accuracy"] = right / counted
+        if words:
+            found["answer_accuracy"] = words_right / words
+        return found
 
     def eval_metrics(self) -> dict[str, float]:
         """What a method's `measure` found in the evaluation that ends here."""
@@ -136,8 +146,8 @@ class SupervisedTrainer(ModelTrainer):
 
     def train_metrics(self) -> dict[str, float]:
         """Since the last call; what was never seen is left out."""
-        values = {name: float(metric.compute()) for name, metric in self.train_accuracy.items()}
-        for metric in self.train_accuracy.values():
+        values = {name: float(metric.compute()) for name, metric in self.train_means.items()}
+        for metric in self.train_means.values():
             metric.reset()
         return {name: value for name, value in values.items() if value == value}
 

@@ -21,7 +21,7 @@ from thinkclearly.editing.editor import Editor
 from thinkclearly.files import replacing
 from thinkclearly.generation.draw import draw, to_pictures
 from thinkclearly.models.instruction_head import InstructionModel
-from thinkclearly.models.protocol import Processor
+from thinkclearly.models.janus.processor import JanusProcessor
 
 WORDS = "prompt"  # the PNG text chunk that says what a picture was drawn from
 
@@ -73,7 +73,7 @@ def draw_prompts(
 
 def draw_numbered(
     model: InstructionModel,
-    processor: Processor,
+    processor: JanusProcessor,
     words: dict[int, str],
     settings: DecodeSettings,
     seed: int,

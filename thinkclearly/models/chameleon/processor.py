@@ -58,10 +58,13 @@ class ChameleonProcessor:
 
     Attributes:
         code_ids: the token id of each of the K codes.
+        image_mean, image_std: normalisation of the channels, the same for every Chameleon.
 
     Raises:
         ValueError: the tokenizer lacks a token that is needed.
     """
+
+    image_mean, image_std = MEAN, STD
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_size: int, num_image_tokens: int):
         self.tokenizer, self.image_size, self.num_image_tokens = tokenizer, image_size, num_image_tokens
