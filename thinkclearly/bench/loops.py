@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, JanusForConditionalGeneration
 
 from thinkclearly.models.instruction_head import InstructionModel
-from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.models.protocol import Processor
 from thinkclearly.sequence import Row, drawing
 
 
@@ -60,7 +60,7 @@ def reference_loop(
 
 def transformers_generate(
     janus: JanusForConditionalGeneration,
-    processor: JanusProcessor,
+    processor: Processor,
     prompt: str,
     *,
     cfg_weight: float = 5.0,

@@ -12,9 +12,9 @@ from scipy.ndimage import gaussian_filter
 from transformers import PreTrainedModel
 
 from thinkclearly.models.instruction_head import ClearConfig, InstructionModel
-from thinkclearly.models.janus.processor import JanusProcessor
 from thinkclearly.models.janus.random import random_janus
 from thinkclearly.models.load import token_model
+from thinkclearly.models.protocol import Processor
 
 SHARES = (0.05, 0.15, 0.3, 0.6)  # of patches that an edit changes, from a small object to a new background
 FAR = 1e4  # log-odds beyond any doubt
@@ -97,7 +97,7 @@ def random_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int = 0,
-) -> tuple[ScriptedModel, JanusProcessor]:
+) -> tuple[ScriptedModel, Processor]:
     """A Janus of the given sizes with random weights and pictures of `grid`×`grid` patches of 16 pixels."""
     network, processor = random_janus(sizes, grid, codes, towers, dtype, device, seed)
     model = ScriptedModel(network, scale).to(device).eval().requires_grad_(False)

@@ -12,7 +12,7 @@ import torch
 from thinkclearly.data.features import FeatureCache, pictures_of, source_square
 from thinkclearly.data.sources import BadRecord
 from thinkclearly.instructions import CLEAR, InstructionVocabulary
-from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.models.protocol import Processor
 from thinkclearly.sequence import Dropout, answering, drawing
 
 
@@ -35,7 +35,7 @@ class Collator:
 
     def __init__(
         self,
-        processor: JanusProcessor,
+        processor: Processor,
         vocabulary: InstructionVocabulary,
         dropout: Dropout = Dropout(),  # noqa: B008 (frozen)
         features: FeatureCache | None = None,

@@ -24,7 +24,7 @@ from thinkclearly.data.sources import BadRecord
 from thinkclearly.files import replacing
 from thinkclearly.images import ImageError, Letterbox, load_image
 from thinkclearly.models.instruction_head import InstructionModel
-from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.models.protocol import Processor
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class FeatureCache:
 
 @torch.no_grad()
 def cache_features(
-    parts: list[Dataset], model: InstructionModel, processor: JanusProcessor, directory: str | Path
+    parts: list[Dataset], model: InstructionModel, processor: Processor, directory: str | Path
 ) -> FeatureCache:
     """Computes what is not there yet; every process its share.
 
@@ -125,7 +125,7 @@ def cache_features(
     return cache
 
 
-def _fill(cache: FeatureCache, rows: list[dict], model: InstructionModel, processor: JanusProcessor) -> None:
+def _fill(cache: FeatureCache, rows: list[dict], model: InstructionModel, processor: Processor) -> None:
     named = [(row["key"], picture) for row in rows for picture in pictures_of(row)]
     empty = [row["key"] for row in rows if "source" in row and not pictures_of(row)]
     if empty:
@@ -140,7 +140,7 @@ def _fill(cache: FeatureCache, rows: list[dict], model: InstructionModel, proces
             save_file({"features": values.clone()}, temporary)
 
 
-def _fingerprint(tower: torch.nn.Module, processor: JanusProcessor) -> str:
+def _fingerprint(tower: torch.nn.Module, processor: Processor) -> str:
     """Names what features follow from besides the picture: the tower's weights, their type, and the geometry."""
     geometry = (processor.image_size, processor.image_mean, processor.image_std)
     digest = hashlib.sha256(repr(geometry).encode())

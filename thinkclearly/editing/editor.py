@@ -26,7 +26,7 @@ from thinkclearly.generation.draw import draw, to_pictures
 from thinkclearly.images import Letterbox, load_image, load_photo
 from thinkclearly.models.fingerprint import fingerprint
 from thinkclearly.models.instruction_head import InstructionModel
-from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.models.protocol import Processor
 from thinkclearly.sequence import drawing, named_rows
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Editor:
         settings: defaults of `edit`; those stored with the checkpoint where not given.
     """
 
-    def __init__(self, model: InstructionModel, processor: JanusProcessor, settings: EditSettings | None = None):
+    def __init__(self, model: InstructionModel, processor: Processor, settings: EditSettings | None = None):
         self.model, self.processor = model.eval(), processor
         try:
             self.settings = settings or _override(EditSettings(), model.clear_config.edit)

@@ -13,7 +13,7 @@ from thinkclearly.decoding.cache import masked_attention
 from thinkclearly.decoding.settings import DecodeSettings, check_seed
 from thinkclearly.images import Letterbox
 from thinkclearly.models.instruction_head import InstructionModel
-from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.models.protocol import Processor
 from thinkclearly.sequence import Row, answering
 
 _RANDOM = threading.Lock()
@@ -22,7 +22,7 @@ _RANDOM = threading.Lock()
 @torch.inference_mode()
 def describe(
     model: InstructionModel,
-    processor: JanusProcessor,
+    processor: Processor,
     picture: Image.Image,
     question: str,
     *,

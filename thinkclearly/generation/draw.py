@@ -14,14 +14,14 @@ from thinkclearly.decoding.engine import Decoded, decode, guided_rows
 from thinkclearly.decoding.settings import DecodeSettings
 from thinkclearly.images import to_image
 from thinkclearly.models.instruction_head import InstructionModel
-from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.models.protocol import Processor
 from thinkclearly.sequence import drawing, named_rows
 
 
 @torch.inference_mode()
 def draw(
     model: InstructionModel,
-    processor: JanusProcessor,
+    processor: Processor,
     prompts: Sequence[str],
     settings: DecodeSettings,
     *,

@@ -25,7 +25,7 @@ from thinkclearly.editing.settings import EditSettings
 from thinkclearly.images import ImageError, load_photo
 from thinkclearly.models.finetunes import SHIPPED, TINY_CLEAR, load_clear_model
 from thinkclearly.models.instruction_head import InstructionModel
-from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.models.protocol import Processor
 
 TASK = "clear-edit"
 DEFAULT_MODEL = TINY_CLEAR
@@ -104,7 +104,7 @@ class ClearEditPipeline(Pipeline):
     _load_processor = _load_image_processor = _load_feature_extractor = _load_tokenizer = False
     _load_video_processor = False
 
-    def __init__(self, model: InstructionModel, processor: JanusProcessor | None = None, **kwargs):
+    def __init__(self, model: InstructionModel, processor: Processor | None = None, **kwargs):
         processor = processor or getattr(model, "processor", None)
         if not isinstance(model, InstructionModel) or processor is None:
             raise TypeError(

@@ -29,8 +29,8 @@ from thinkclearly.models.janus.original_finetune import (
     is_original_finetune,
     read_original_finetune,
 )
-from thinkclearly.models.janus.processor import JanusProcessor
 from thinkclearly.models.load import Checkpoint, load_checkpoint
+from thinkclearly.models.protocol import Processor
 from thinkclearly.models.weight_files import read_tensors
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def load_clear_model(
     token: str | None = None,
     merge: bool = False,
     **kwargs,
-) -> tuple[InstructionModel, JanusProcessor]:
+) -> tuple[InstructionModel, Processor]:
     """Loads a fine-tune for inference: ours, or the original's directory format.
 
     Args:
@@ -145,7 +145,7 @@ def _load_head(model: InstructionModel, directory: Path) -> None:
         )
 
 
-def load_base(name_or_path: str, **kwargs) -> tuple[InstructionModel, JanusProcessor]:
+def load_base(name_or_path: str, **kwargs) -> tuple[InstructionModel, Processor]:
     """A base model without CLEAR head: draws, describes and edits, but never copies."""
     checkpoint = load_checkpoint(name_or_path, **kwargs)
     codes = checkpoint.token_model.codebook_size
@@ -155,7 +155,7 @@ def load_base(name_or_path: str, **kwargs) -> tuple[InstructionModel, JanusProce
 
 def load_any(
     name_or_path: str | Path, *, base: str | Path | None = None, **kwargs
-) -> tuple[InstructionModel, JanusProcessor]:
+) -> tuple[InstructionModel, Processor]:
     """A base model where there are only its own files, else a fine-tune.
 
     Args:

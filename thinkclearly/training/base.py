@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fs
 from thinkclearly.files import replacing_in
 from thinkclearly.models.finetunes import load_finetune
 from thinkclearly.models.instruction_head import InstructionModel
-from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.models.protocol import Processor
 from thinkclearly.training.checkpoints import ResumableTrainer
 
 
@@ -30,7 +30,7 @@ class ModelTrainer(ResumableTrainer):
         kwargs: the Trainer's own.
     """
 
-    def __init__(self, model: InstructionModel, processor: JanusProcessor, **kwargs):
+    def __init__(self, model: InstructionModel, processor: Processor, **kwargs):
         super().__init__(model=model, **kwargs)
         self.processor = processor
         if self.is_fsdp_enabled:

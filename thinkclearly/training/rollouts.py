@@ -22,7 +22,7 @@ from thinkclearly.editing.settings import EditSettings
 from thinkclearly.generation.draw import draw, to_pictures
 from thinkclearly.images import Letterbox, center_crop, load_image, load_photo
 from thinkclearly.models.instruction_head import InstructionModel
-from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.models.protocol import Processor
 from thinkclearly.sequence import drawing, named_rows
 
 OWN, PARTNERS = "own", "partner's"  # ground truth, as the sheet of samples names it
@@ -69,9 +69,7 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def model_inputs(
-        self, index: torch.Tensor, processor: JanusProcessor, rows: Iterable[str]
-    ) -> dict[str, torch.Tensor]:
+    def model_inputs(self, index: torch.Tensor, processor: Processor, rows: Iterable[str]) -> dict[str, torch.Tensor]:
         """Samples `index`, long (C,), as `InstructionModel.forward` takes them: R rows of each, next to each other."""
         rows, device = list(rows), self.class_ids.device
         batch, pictures = {}, [[] for _ in index]
@@ -110,7 +108,7 @@ class Stopwatch:
 
 def draw_samples(
     model: InstructionModel,
-    processor: JanusProcessor,
+    processor: Processor,
     records: Sequence[Mapping],
     settings: EditSettings,
     count: int,
@@ -189,7 +187,7 @@ def _with_truth(model, processor, records, wanted, drawn, watch: Stopwatch) -> R
 
 def edit_samples(
     model: InstructionModel,
-    processor: JanusProcessor,
+    processor: Processor,
     records: Sequence[Mapping],
     settings: EditSettings,
     count: int,

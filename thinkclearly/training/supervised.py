@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from thinkclearly.data.collator import Collator
 from thinkclearly.models.cross_entropy import Scores, weighted_loss
 from thinkclearly.models.instruction_head import InstructionModel
-from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.models.protocol import Processor
 from thinkclearly.training.base import ModelTrainer
 
 
@@ -38,7 +38,7 @@ class SupervisedTrainer(ModelTrainer):
     def __init__(
         self,
         model: InstructionModel,
-        processor: JanusProcessor,
+        processor: Processor,
         data_collator: Collator,
         instruction_weight: float = 1.0,
         answer_weight: float = 1.0,

@@ -21,7 +21,7 @@ from thinkclearly.editing.editor import Editor
 from thinkclearly.files import replacing
 from thinkclearly.generation.draw import draw, to_pictures
 from thinkclearly.models.instruction_head import InstructionModel
-from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.models.protocol import Processor
 
 WORDS = "prompt"  # the PNG text chunk that says what a picture was drawn from
 
@@ -73,7 +73,7 @@ def draw_prompts(
 
 def draw_numbered(
     model: InstructionModel,
-    processor: JanusProcessor,
+    processor: Processor,
     words: dict[int, str],
     settings: DecodeSettings,
     seed: int,

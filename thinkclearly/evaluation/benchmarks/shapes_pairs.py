@@ -23,7 +23,7 @@ from thinkclearly.evaluation.benchmarks.drawing import draw_numbered
 from thinkclearly.evaluation.benchmarks.paircomp import AVERAGE, MEANS, pair_means
 from thinkclearly.generation.draw import to_pictures
 from thinkclearly.models.instruction_head import InstructionModel
-from thinkclearly.models.janus.processor import JanusProcessor
+from thinkclearly.models.protocol import Processor
 
 MODEL, PARTNER, TOKENIZER = "model", "partner", "tokenizer"
 DIVERSITY = "diversity"
@@ -55,7 +55,7 @@ def shape_prompts(rows: Dataset) -> list[ShapePrompt]:
 
 def look(
     model: InstructionModel,
-    processor: JanusProcessor,
+    processor: Processor,
     prompts: Sequence[ShapePrompt],
     pictures: Sequence[Sequence[Image.Image]],
 ) -> list[dict]:
@@ -104,7 +104,7 @@ def summarise(prompts: Sequence[ShapePrompt], looked: Sequence[dict]) -> dict[st
 
 def measure_pairs(
     model: InstructionModel,
-    processor: JanusProcessor,
+    processor: Processor,
     rows: Dataset,
     settings: DecodeSettings,
     *,
