@@ -127,7 +127,7 @@ class Chameleon:
         """
         core = self.network.model
         sampled = [getattr(self.network.lm_head, "base_layer", self.network.lm_head), core.embed_tokens]
-        modules = sampled + [core.norm, *(layer.input_layernorm for layer in core.layers)]
+        modules = sampled + [core.norm, *(m for name, m in core.layers.named_modules() if name.endswith("norm"))]
         if any(module.weight.dtype not in (torch.float32, torch.bfloat16) for module in modules):
             return ""
         tensors = []
