@@ -235,6 +235,23 @@ def test_parts_are_the_stream(model, checkpoint):
     assert counts[-1] == len(end.ids) - len(start.ids) - end.ids.count(processor.eoi_id), "EOI is no choice"
 
 
+def test_nothing_is_read_twice(model, checkpoint):
+    """The original reads the whole stream again for every phase."""
+    alone = {"guidance_kind": "normal", "full_scale": 1.0, "pictures_scale": 0.0}
+    settings = ThoughtSettings(mode="subgoals", max_length=400, block=1, **alone, **GREEDY)
+    start, read = context(checkpoint.processor, "A kite.", settings), []
+    language_model = model.token_model.language_model
+    hook = language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    try:
+        *_, (_, end) = interleave(model, checkpoint.processor, [start], settings, [(0, 0)])
+    finally:
+        hook.remove()
+    unread = 2 if end.reason == "max_pictures" else 1  # the last code and EOI, or EOS
+    assert end.ids.count(checkpoint.processor.boi_id) > 1 and sum(read) == len(end.ids) - unread
+
+
 def test_a_picture_is_begun_only_where_it_fits(model, checkpoint):
     n = checkpoint.processor.num_image_tokens
     for extra in range(0, n + 40, 7):

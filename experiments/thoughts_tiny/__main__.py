@@ -1,0 +1,243 @@
+"""Thinking with generated images on the tiny Chameleon: does a second picture help, and what does CLEAR save?
+
+`python -m experiments.thoughts_tiny --work DIR` trains every arm with two seeds through `thinkclearly train`, lets all
+of them think about held-out prompts, and writes results.md and results.json beside this file. What is there already is
+not done again, and a training goes on from its last checkpoint; `--only NAME` takes some arms, so that several
+processes can share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from experiments.thoughts_tiny import measure
+from thinkclearly.commands.train import main as train
+from thinkclearly.data.shape_score import is_shown
+from thinkclearly.decoding.thought_settings import ThoughtSettings
+from thinkclearly.evaluation.report import machine
+from thinkclearly.files import write_json, write_text
+from thinkclearly.models.finetunes import load_any
+from thinkclearly.reporting.tables import markdown_table
+
+HERE = Path(__file__).parent
+SEEDS = (1, 2)
+BASE = "tiny_chameleon"
+COMMON = {
+    "method": "interleaved",
+    "base_model": BASE,
+    "lora_r": 0,
+    "source": "shapes",
+    "thought_mode": ["critique", "subgoals", "general"],
+    "limit": 6000,
+    "eval_samples": 0,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "linear",
+    "max_steps": 200,
+    "drop_all": 0.1,
+    "logging_steps": 10,
+    "eval_strategy": "no",
+    "save_steps": 50,
+}
+# The rows that the tiny model was taught; the presets' scales are those of 7B models.
+SETTINGS = ThoughtSettings(guidance_kind="normal", full_scale=2.0, pictures_scale=0.0, picture_top_k=0)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train."""
+
+    name: str
+    options: dict = field(default_factory=dict)
+
+
+ARMS = [
+    Arm("cross-entropy", {"reconstruction_weight": 0}),
+    Arm("reconstruction, next", {"reconstruction_weight": 1, "reconstruction_at": "next"}),
+    Arm("reconstruction, own", {"reconstruction_weight": 1, "reconstruction_at": "own"}),
+    Arm("CLEAR", {"reconstruction_weight": 0, "instructions": ["CLEAR"], "thought_mode": ["critique"]}),
+]
+CLEAR = ARMS[-1]
+
+
+def directory(work: Path, arm: Arm, seed: int) -> Path:
+    return work / f"{arm.name.replace(', ', '-')}-{seed}"
+
+
+def teach(work: Path, arm: Arm, seed: int) -> Path:
+    """One run of `thinkclearly train`."""
+    output = directory(work, arm, seed)
+    options = COMMON | arm.options | {"seed": seed, "output_dir": output, "prepared_dir": work / "prepared"}
+    words = []
+    for name, value in options.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    train(words)
+    return output
+
+
+def measure_thinking(name: str, count: int) -> dict:
+    """Drawing at once, critiques and sub-goals on the same prompts; what the thought is worth."""
+    model, processor = load_any(name)
+    prompts, several = measure.held_out("critique", count), measure.held_out("subgoals", count)
+    thoughts, critique = measure.critiques(model, processor, prompts, SETTINGS)
+    return {
+        "at once": measure.share(measure.drawing_at_once(model, processor, prompts, SETTINGS)),
+        "critique": critique,
+        "matters": measure.interventions(model, processor, prompts, SETTINGS, thoughts),
+        "at once, several": measure.share(measure.drawing_at_once(model, processor, several, SETTINGS)),
+        "subgoals": measure.subgoals(model, processor, several, SETTINGS),
+    }
+
+
+def measure_clear(name: str, count: int) -> dict:
+    """Second pictures by CLEAR, by the first picture as a draft alone, from the row above, and one code a pass."""
+    model, processor = load_any(name)
+    prompts, found = measure.held_out("critique", count), {}
+    ways = {"row above": {"second": "draw"}, "one by one": {"second": "draw", "block": 1}}
+    if len(model.vocabulary):
+        ways = {"CLEAR": {}, **ways}
+    else:
+        ways = {"first picture as draft": {}, **ways}
+    for way, options in ways.items():
+        settings = replace(SETTINGS, **{"block": 64, **options})
+        found[way] = measure.second_thoughts(model, processor, prompts, settings)
+    return found
+
+
+def measure_tokenizer(count: int) -> dict:
+    """The true scenes through the tokenizer: the most that any drawing reaches."""
+    model, processor = load_any(BASE)
+    scenes, found = [scene for _, scene in measure.held_out("critique", count)], []
+    for i in range(0, count, measure.BATCH):
+        squares = [scene.render(processor.image_size) for scene in scenes[i : i + measure.BATCH]]
+        codes = model.token_model.encode(processor.pixel_values(squares))
+        found += [is_shown(p, s) for p, s in zip(measure.to_pictures(model, codes), scenes[i:])]
+    partner = scenes[1:] + scenes[:1]
+    others = [is_shown(scene.render(processor.image_size), other) for scene, other in zip(scenes, partner)]
+    return {"ceiling": measure.share(found), "another prompt's picture": measure.share(others)}
+
+
+def kept(path: Path, what, *arguments) -> dict:
+    """What a measurement gives, kept in a file."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, what(*arguments))
+    return json.loads(path.read_text())
+
+
+def percent(*shares: float) -> list[str]:
+    return [f"{100 * share:.1f}" for share in shares]
+
+
+def table(rows: Sequence[Sequence]) -> str:
+    return markdown_table(rows[0], rows[1:])
+
+
+def write_report(found: dict, arguments: argparse.Namespace) -> None:
+    critique = [["%", "seed", "at once", "first", "last", "right stays right", "wrong becomes right"]]
+    goals = [["%", "seed", "at once", "object by object", "as many pictures as asked"]]
+    matters = [["last picture right, %", "seed"]]
+    clear = [["", "seed", "second picture", "first, %", "last, %", "passes", "right patches kept, %"]]
+    clear[0] += ["right pictures kept whole, %", "copied, %"]
+    for row in found["rows"]:
+        name = [row["name"], row["seed"]]
+        if "thinking" in row:
+            one = row["thinking"]
+            numbers = [one["critique"][k] for k in critique[0][3:]]
+            critique.append([*name, *percent(one["at once"], *numbers)])
+            goals.append(
+                [*name, *percent(one["at once, several"], one["subgoals"]["last"], one["subgoals"]["all pictures"])]
+            )
+            if len(matters) == 1:
+                matters[0] += list(one["matters"])
+            matters.append([*name, *percent(*one["matters"].values())])
+        for way, one in row.get("clear", {}).items():
+            cells = [*name, way, *percent(one["first"], one["last"]), f"{one['passes']:.1f}"]
+            names = ("right patches kept", "right pictures kept whole", "copied by CLEAR")
+            clear.append([*cells, *percent(*(one[k] for k in names))])
+    tokenizer = found["tokenizer"]
+    text = f"""# Thinking with generated images on the tiny Chameleon
+
+`python -m experiments.thoughts_tiny --count {arguments.count}`: {arguments.count} held-out prompts of one to three
+shapes on a plain background, temperature 1 for words and codes, two rows (scale {SETTINGS.full_scale:g}). The
+generator judges: every shape in colour, place and outline, the background, and nothing else. True scenes through the
+tokenizer pass in {100 * tokenizer["ceiling"]:.1f} %, another prompt's true scene in
+{100 * tokenizer["another prompt's picture"]:.1f} %. Machine: {found["machine"]}, shared with other work. Two standard
+errors of a share near one half are {200 * (0.25 / arguments.count) ** 0.5:.1f} points.
+
+The arms continue the shipped model for {COMMON["max_steps"]} steps of
+{COMMON["per_device_train_batch_size"]} thoughts; half of the first pictures in training have a mistake.
+
+## Critique
+
+{table(critique)}
+
+## Sub-goals
+
+{arguments.count} held-out prompts of two and three shapes.
+
+{table(goals)}
+
+## Does the thought matter?
+
+The last picture, drawn after a first picture and words that are its own or those of the next prompt.
+
+{table(matters)}
+
+## Second thoughts with CLEAR
+
+Blocks of 64 codes. "Right patches" of the first picture have the wanted colours already; they are kept where the
+second picture has the same codes.
+
+{table(clear)}
+"""
+    if missing := found["not_measured"]:
+        text += f"\nNot measured: {', '.join(missing)}.\n"
+    write_text(HERE / "results.md", text)
+    write_json(HERE / "results.json", found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("outputs/thoughts_tiny"))
+    parser.add_argument("--count", type=int, default=300, help="held-out prompts of each kind")
+    parser.add_argument("--only", nargs="*", default=[], help="arms whose folder's name holds one of these; no report")
+    parser.add_argument("--so_far", action="store_true", help="report what is measured; train and measure nothing")
+    arguments = parser.parse_args()
+    work, count = arguments.work, arguments.count
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+    found = {"machine": machine(), "rows": [], "not_measured": []}
+    found["tokenizer"] = kept(work / "measured" / "tokenizer.json", measure_tokenizer, count)
+    arms = [(Arm("shipped"), "–", None)] + [(arm, seed, directory(work, arm, seed)) for arm in ARMS for seed in SEEDS]
+    for arm, seed, output in arms:
+        label = output.name if output else "shipped"
+        if arguments.only and not any(word in label for word in arguments.only):
+            continue
+        row = {"name": arm.name, "seed": str(seed)}
+        kinds = {"thinking": measure_thinking, "clear": measure_clear}
+        if arm is CLEAR:
+            del kinds["thinking"]
+        elif arm is not ARMS[0]:
+            del kinds["clear"]
+        for kind, what in kinds.items():
+            path = work / "measured" / f"{label}-{kind}.json"
+            if arguments.so_far and not path.is_file():
+                found["not_measured"].append(path.stem)
+                continue
+            if output and not path.is_file():
+                teach(work, arm, seed)
+            row[kind] = kept(path, what, str(output or BASE), count)
+        found["rows"].append(row)
+    if not arguments.only:
+        write_report(found, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""What thoughts about held-out prompts come to, judged by the generator of the shapes.
+
+Knows prompts, thoughts and the judge. Does not know how a model was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from thinkclearly.data.shape_score import is_shown
+from thinkclearly.data.shapes import Scene, nearest_colour
+from thinkclearly.data.thoughts import thought_rows
+from thinkclearly.decoding.interleaved import Context, Drew, Said, context, interleave
+from thinkclearly.decoding.thought_settings import ThoughtSettings
+from thinkclearly.generation.draw import to_pictures
+from thinkclearly.models.chameleon.processor import ChameleonProcessor
+from thinkclearly.models.instruction_head import InstructionModel
+
+SEED = 900  # of the prompts and of all noise
+BATCH = 50  # thoughts at once
+RIGHT = 0.9  # share of a patch's pixels that have the wanted colour, from which on the patch is right
+
+
+@dataclass
+class Found:
+    """One thought.
+
+    Attributes:
+        said: ids of the words between the pictures, in order.
+        pictures: codes of the pictures.
+        copied: how many codes of the last picture were copied by CLEAR.
+        passes: of each picture.
+    """
+
+    said: list[list[int]] = field(default_factory=list)
+    pictures: list[list[int]] = field(default_factory=list)
+    copied: int = 0
+    passes: list[int] = field(default_factory=list)
+
+
+def held_out(mode: str, count: int) -> list[tuple[str, Scene]]:
+    """Prompts and true scenes that no training saw."""
+    rows = thought_rows(mode, count, "test", seed=SEED)
+    return [(row["prompt"], Scene.from_json(row["scene"])) for row in rows]
+
+
+def think(
+    model: InstructionModel, processor: ChameleonProcessor, starts: Sequence[Context], settings: ThoughtSettings
+) -> list[Found]:
+    """The thoughts that begin like `starts`; number i of a call always has the same noise."""
+    found = [Found() for _ in starts]
+    for first in range(0, len(starts), BATCH):
+        batch = starts[first : first + BATCH]
+        samples = [(SEED, first + k) for k in range(len(batch))]
+        for k, part in interleave(model, processor, batch, settings, samples):
+            one = found[first + k]
+            if isinstance(part, Said):
+                one.said.append(part.ids)
+            elif isinstance(part, Drew):
+                one.pictures.append(part.codes)
+                one.passes.append(part.passes)
+                one.copied = sum(part.copied or ())
+    return found
+
+
+def draw_pictures(model: InstructionModel, pictures: Sequence[Sequence[int]]) -> list[Image.Image]:
+    """Codes as pictures."""
+    return [
+        p for i in range(0, len(pictures), BATCH) for p in to_pictures(model, torch.tensor(pictures[i : i + BATCH]))
+    ]
+
+
+def shown(model: InstructionModel, pictures: Sequence[Sequence[int] | None], scenes: Sequence[Scene]) -> list[bool]:
+    """Which pictures show their scene, strictly; one that was never drawn does not."""
+    there = [i for i, codes in enumerate(pictures) if codes is not None]
+    drawn = dict(zip(there, draw_pictures(model, [pictures[i] for i in there])))
+    return [i in drawn and is_shown(drawn[i], scene) for i, scene in enumerate(scenes)]
+
+
+def share(values: Sequence[bool]) -> float:
+    return float(np.mean(values))
+
+
+def drawing_at_once(model, processor, prompts, settings: ThoughtSettings) -> list[bool]:
+    """One picture, no thought. The trained form: the bare prompt, and the picture begins at once."""
+    settings = replace(settings, mode="general", max_pictures=1)
+    starts = [context(processor, prompt, settings) for prompt, _ in prompts]
+    starts = [Context([*start.ids, processor.boi_id], start.prompt_ids) for start in starts]
+    found = think(model, processor, starts, settings)
+    return shown(model, [one.pictures[0] for one in found], [scene for _, scene in prompts])
+
+
+def critiques(model, processor, prompts, settings: ThoughtSettings) -> tuple[list[Found], dict]:
+    """The first picture and the last."""
+    starts = [context(processor, prompt, settings) for prompt, _ in prompts]
+    found, scenes = think(model, processor, starts, settings), [scene for _, scene in prompts]
+    first = shown(model, [one.pictures[0] for one in found], scenes)
+    last = shown(model, [one.pictures[-1] for one in found], scenes)
+    return found, {
+        "first": share(first),
+        "last": share(last),
+        "right stays right": share([b for a, b in zip(first, last) if a]),
+        "wrong becomes right": share([b for a, b in zip(first, last) if not a]),
+        "second pictures": share([len(one.pictures) > 1 for one in found]),
+    }
+
+
+def subgoals(model, processor, prompts, settings: ThoughtSettings) -> dict:
+    """Object by object: the last picture."""
+    settings = replace(settings, mode="subgoals")
+    starts = [context(processor, prompt, settings) for prompt, _ in prompts]
+    found = think(model, processor, starts, settings)
+    last = [one.pictures[-1] if one.pictures else None for one in found]
+    wanted = [len(scene.shapes) + 1 for _, scene in prompts]
+    return {
+        "last": share(shown(model, last, [scene for _, scene in prompts])),
+        "all pictures": share([len(one.pictures) == n for one, n in zip(found, wanted)]),
+    }
+
+
+def interventions(model, processor, prompts, settings: ThoughtSettings, found: list[Found]) -> dict[str, float]:
+    """Share of last pictures that are right where the first picture, or the words, are another prompt's."""
+    settings = replace(settings, max_pictures=1)
+    starts, scenes = [context(processor, prompt, settings) for prompt, _ in prompts], [s for _, s in prompts]
+    shifted = range(1, len(found) + 1)  # the next thought's
+    result = {}
+    for name, pictures_of, words_of in (
+        ("own picture, own words", range(len(found)), range(len(found))),
+        ("another's picture, own words", shifted, range(len(found))),
+        ("own picture, another's words", range(len(found)), shifted),
+        ("another's picture and words", shifted, shifted),
+    ):
+        contexts = []
+        for start, p, w in zip(starts, pictures_of, words_of):
+            picture, words = (
+                found[p % len(found)].pictures[0],
+                [i for ids in found[w % len(found)].said[:1] for i in ids],
+            )
+            ids = [*start.ids, *processor.picture_ids(picture)[1:], *words, processor.boi_id]
+            contexts.append(Context(ids, start.prompt_ids))
+        again = think(model, processor, contexts, settings)
+        result[name] = share(shown(model, [one.pictures[0] for one in again], scenes))
+    return result
+
+
+def right_patches(picture: Image.Image, scene: Scene, grid: int) -> np.ndarray:
+    """Which patches, bool (grid²,), already have the wanted colours."""
+    wanted = nearest_colour(np.asarray(scene.render(*picture.size)), 1e9)
+    same = nearest_colour(np.asarray(picture.convert("RGB")), 1e9) == wanted
+    side = picture.size[0] // grid
+    return same.reshape(grid, side, grid, side).mean((1, 3)).ravel() >= RIGHT
+
+
+def second_thoughts(model, processor, prompts, settings: ThoughtSettings) -> dict:
+    """Second pictures by critique: done, passes, and what was right in the first picture and is still the same."""
+    found, result = critiques(model, processor, prompts, settings)
+    pairs = [(one, scene) for one, (_, scene) in zip(found, prompts) if len(one.pictures) > 1]
+    kept = total = whole = 0
+    for (one, scene), picture in zip(pairs, draw_pictures(model, [one.pictures[0] for one, _ in pairs])):
+        right = right_patches(picture, scene, processor.grid)
+        same = np.array(one.pictures[0]) == np.array(one.pictures[-1])
+        kept, total = kept + (same & right).sum(), total + right.sum()
+        whole += bool(same.all()) if is_shown(picture, scene) else 0
+    return result | {
+        "passes": float(np.mean([one.passes[-1] for one, _ in pairs])),
+        "right patches kept": float(kept / total),
+        "right pictures kept whole": float(whole / max(1, result["first"] * len(found))),
+        "copied by CLEAR": float(np.mean([one.copied / processor.num_image_tokens for one, _ in pairs])),
+    }
