@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from make_golden import main
 
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_the_golden_tests_pass_on_a_set_of_other_sizes(tmp_path):
     main(tmp_path)
     files = [str(path) for path in TESTS.glob("test_*.py") if "mark.golden" in path.read_text(encoding="utf-8")]
