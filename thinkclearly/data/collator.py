@@ -71,7 +71,7 @@ class Collator:
         # 2. The pictures that are shown.
         if first[-1]:
             batch["source_tokens"] = torch.from_numpy(np.concatenate(codes))
-            batch |= self._pictures(rows)
+            batch |= {} if self.processor.sees_codes else self._pictures(rows)
         # 3. The codes that are drawn.
         drawn = [k for k, row in enumerate(rows) if len(row["output_tokens"])]
         labels = torch.tensor([rows[k]["output_tokens"] for k in drawn], dtype=torch.long).view(len(drawn), n)

@@ -99,6 +99,8 @@ def cache_features(
         BadRecord: a record has no picture.
     """
     tower = model.token_model.parts()[model.token_model.tower_part]
+    if processor.sees_codes:
+        raise ValueError("cache_features: this model sees pictures by their codes, which are stored; leave it out")
     if any(parameter.requires_grad for parameter in tower.parameters()):
         raise ValueError("cache_features: the vision tower is trained here; leave cache_features out, or freeze it")
     columns = [[name for name in ("key", "source", "sources") if name in part.column_names] for part in parts]

@@ -108,7 +108,8 @@ class Editor:
         boxes = [Letterbox(*source.size, self.processor.image_size) for source in sources]
         squares = [box.fit(seen(source)) for box, source in zip(boxes, sources)]
         family, pixels = self.model.token_model, self.processor.pixel_values(squares).to(self.model.device)
-        source_tokens, features = family.encode(pixels), family.see(pixels)
+        source_tokens = family.encode(pixels)
+        features = None if self.processor.sees_codes else family.see(pixels)
         originals = [self._original(*each) for each in zip(sources, boxes, source_tokens)]
         clock.lap("encode")
 

@@ -47,7 +47,7 @@ def describe(
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     attention = masked_attention(family.language_model)  # another thread may be editing
     with attention, _random_numbers(seed) if temperature > 0 else nullcontext():
-        # Not Janus' own generate, which only adds warnings where words are asked for.
+        # Not a family's own generate, which only adds warnings where words are asked for.
         ids = GenerationMixin.generate(
             model.base,
             inputs_embeds=family.embed_prompt(rows, features),
@@ -58,6 +58,7 @@ def describe(
             eos_token_id=processor.eos_id,
             bos_token_id=processor.bos_id,
             pad_token_id=processor.eos_id,
+            suppress_tokens=processor.unsaid_ids or None,
             **sampling,
         )
     return [text.strip() for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]

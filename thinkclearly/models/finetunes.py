@@ -23,13 +23,13 @@ from thinkclearly.models.instruction_head import (
     read_base_name,
     read_clear_config,
 )
-from thinkclearly.models.janus.checkpoint import load_janus, offloaded
 from thinkclearly.models.janus.original_finetune import (
     check_original_base,
     is_original_finetune,
     read_original_finetune,
 )
 from thinkclearly.models.load import Checkpoint, load_checkpoint
+from thinkclearly.models.native import offloaded
 from thinkclearly.models.protocol import Processor
 from thinkclearly.models.weight_files import read_tensors
 
@@ -45,7 +45,7 @@ def load_finetune(model: InstructionModel, directory: str | Path) -> None:
     if isinstance(model.network, PeftModel):
         _load_lora(model.network, _read_adapter(directory), directory)
     else:
-        model.network.load_state_dict(load_janus(str(directory)).state_dict())
+        model.network.load_state_dict(load_checkpoint(str(directory)).network.state_dict())
     model.load_head(directory)
     model.clear_config.clear_weight = read_clear_config(directory).clear_weight
 
@@ -66,7 +66,7 @@ def load_clear_model(
         base: base model to use instead of the one the adapter names.
         merge: add the adapter to the base's weights, which then decode faster; for editing only. Left undone where
             they are not float32: rounding would take small updates away.
-        kwargs: `dtype`, `device`, …; see `load_janus`.
+        kwargs: `dtype`, `device`, …; see `load_checkpoint`.
 
     Raises:
         FileNotFoundError, ValueError: the CLEAR head is missing or belongs to another base; never random weights.

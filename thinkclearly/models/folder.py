@@ -45,6 +45,14 @@ def resolve(
         ) from error
 
 
+def weights_folder(name_or_path: str | os.PathLike, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder with a checkpoint's weights; of a Hub id safetensors are downloaded, or else `.bin`."""
+    folder = resolve(name_or_path, revision, token, ["*.safetensors"])
+    if Path(name_or_path).is_dir() or any(folder.glob("*.safetensors")):
+        return folder
+    return resolve(name_or_path, revision, token, ["*.bin"])
+
+
 def read_model_config(
     name_or_path: str | os.PathLike, revision: str | None = None, token: str | None = None
 ) -> tuple[Path, dict]:

@@ -175,7 +175,8 @@ class InstructionModel(nn.Module):
         """Hidden states of all rows, (B, L, H), and those that predict the labels, (D, N, H)."""
         family, prompt = self.token_model, PromptBatch(**prompt)
         # 1. What is shown.
-        if source_tokens is not None and features is None:
+        has_tower = family.tower_part != family.tokenizer_part  # else pictures are seen by their codes
+        if has_tower and source_tokens is not None and features is None:
             if pixel_values is None:
                 pixel_values = family.decode(source_tokens).clamp(-1, 1)
             features = family.see(pixel_values)

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from transformers import PreTrainedModel
 
-from thinkclearly.models.chameleon.checkpoint import empty_chameleon, load_chameleon
+from thinkclearly.models.chameleon.checkpoint import check_vocabulary, empty_chameleon, load_chameleon
 from thinkclearly.models.chameleon.model import Chameleon
 from thinkclearly.models.chameleon.processor import ChameleonProcessor
 from thinkclearly.models.folder import TINY, read_family, read_model_config
@@ -43,23 +43,29 @@ def token_model(network: PreTrainedModel) -> TokenModel:
 def load_checkpoint(
     name_or_path: str, *, revision: str | None = None, token: str | None = None, **kwargs
 ) -> Checkpoint:
-    """Loads a native or DeepSeek-format Janus checkpoint with its processor.
+    """Loads a checkpoint of Janus (transformers' or DeepSeek's layout) or Chameleon with its processor.
 
     Args:
         name_or_path: folder or Hub id; "tiny" is the model that ships with this package.
         kwargs: `dtype`, `device`, `attn_implementation`, `device_map`, `quantization_config`, `weights`; see
-            `load_janus`.
+            `load_janus` and `load_chameleon`.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_janus`, or the processor is for pictures of another size.
+        FileNotFoundError, ValueError: as these two, or the processor is for pictures of another size.
     """
     path = str(TINY) if name_or_path == "tiny" else str(name_or_path)
     # Read first: another family is named before its tokenizer is found wanting.
-    _, config = read_model_config(path, revision, token)
-    chameleon = config["model_type"] == "chameleon"
-    kind, load = (ChameleonProcessor, load_chameleon) if chameleon else (JanusProcessor, load_janus)
-    processor = kind.from_pretrained(path, revision=revision, token=token)
-    network = load(path, revision=revision, token=token, **kwargs)
+    hub = {"revision": revision, "token": token}
+    _, config = read_model_config(path, **hub)
+    if config["model_type"] == "chameleon":
+        if kwargs.pop("weights", None) is not None:
+            raise ValueError(f"{path} is a Chameleon; a state dict belongs to a Janus base in DeepSeek's layout.")
+        processor = ChameleonProcessor.from_pretrained(path, **hub)
+        network = load_chameleon(path, **hub, **kwargs)
+        check_vocabulary(network, processor, path)
+    else:
+        processor = JanusProcessor.from_pretrained(path, **hub)
+        network = load_janus(path, **hub, **kwargs)
     family = token_model(network)
     expected = family.image_size, family.grid**2
     found = processor.image_size, processor.num_image_tokens

@@ -113,6 +113,9 @@ class Processor(Protocol):
         num_image_tokens, grid: N = grid², codes of a picture.
         bos_id, eos_id, pad_id, boi_id, eoi_id, image_id: token ids: of the beginning and the end of a text, padding,
             the beginning and the end of a picture, and a place for what a picture is read as.
+        unsaid_ids: token ids that an answer in words must not have: codes of pictures, where they share a vocabulary.
+        sees_codes: whether pictures are seen by their codes alone; who has these then needs no pixels.
+        image_mean, image_std: normalisation of the channels.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -125,6 +128,10 @@ class Processor(Protocol):
     boi_id: int
     eoi_id: int
     image_id: int
+    unsaid_ids: list[int]
+    sees_codes: bool
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
 
     def pixel_values(self, squares) -> torch.Tensor:
         """Square PIL pictures of the model's size to float32 (B, 3, S, S)."""

@@ -76,7 +76,9 @@ class Rollout:
         if self.shown is not None:
             used, places = self.shown[index].unique(return_inverse=True)
             pictures = places[:, None].tolist()
-            batch = {"source_tokens": self.source_tokens[used], "features": self.features[used]}
+            batch = {"source_tokens": self.source_tokens[used]}
+            if self.features is not None:
+                batch["features"] = self.features[used]
             batch["transformed"] = self.transformed[index].repeat_interleave(len(rows), dim=0)
         samples = [drawing(self.prompts[i].strip(), shown) for i, shown in zip(index.tolist(), pictures)]
         prompt = processor.rows(named_rows(samples, rows), outputs=True).to(device)
@@ -209,7 +211,7 @@ def edit_samples(
     with watch("pictures"), torch.no_grad():
         squares = [Letterbox(*source.size, processor.image_size).fit(seen(source)) for source in sources]
         pixels = processor.pixel_values(squares).to(device)
-        features = family.see(pixels)
+        features = None if processor.sees_codes else family.see(pixels)
     owners = torch.arange(len(records), device=device).repeat_interleave(count)
     names = [name for name in records[0] if name not in ("instruction", "target", "mask", "source")]
     columns = {name: [records[i][name] for i in owners.tolist()] for name in names}

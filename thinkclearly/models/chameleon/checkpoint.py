@@ -11,14 +11,15 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+from transformers import ChameleonConfig, ChameleonForConditionalGeneration, GenerationConfig
 
 from thinkclearly.models.chameleon.decoder import VQDecoder
+from thinkclearly.models.chameleon.processor import ChameleonProcessor
 from thinkclearly.models.chameleon.vocabulary import image_ids
-from thinkclearly.models.config_files import config_errors
-from thinkclearly.models.folder import read_model_config, resolve
-from thinkclearly.models.quantization import spare
-from thinkclearly.models.weight_files import find_weights
+from thinkclearly.models.config_files import check_claims, config_errors
+from thinkclearly.models.folder import check_adapter, read_model_config, weights_folder
+from thinkclearly.models.native import load_native
+from thinkclearly.models.weight_files import find_weights, open_weights
 
 _SPARED = ["model.embed_tokens", "model.vqmodel", "lm_head"]  # what quantization leaves alone: all but the layers
 
@@ -54,66 +55,98 @@ def load_chameleon(
         revision (`str`, *optional*): branch, tag or commit of a Hub id.
         token (`str`, *optional*): for a private Hub id.
         attn_implementation (`str`, *optional*): as in transformers (`"sdpa"`, `"eager"`, …).
-        quantization_config, device_map (*optional*): as in transformers. Only the layers of the language model are
-            quantized unless `llm_int8_skip_modules` is named.
+        quantization_config (*optional*): as in transformers. Only the layers are quantized unless it names
+            `llm_int8_skip_modules` itself.
+        device_map (*optional*): as in transformers. Parts may lie on several devices; all but the image tokenizer may
+            be offloaded ("cpu" beside accelerators, "disk").
 
     Returns:
         `ChameleonForConditionalGeneration` in eval mode, whose `model.vqmodel` has got a `decoder`.
 
     Raises:
         FileNotFoundError: no such folder, config, weight file or shard.
-        ValueError: another architecture, or keys and shapes that do not match one to one.
+        ValueError: another architecture, no decoder, a vocabulary that does not fit, whole weights and an adapter in
+            one folder, or keys and shapes that do not match one to one.
     """
     if device is not None and device_map is not None:
         raise ValueError(f"Both device={device!r} and device_map={device_map!r} were given; give one of them.")
-    folder, config = read_model_config(name_or_path, revision, token)
-    if not Path(name_or_path).is_dir():
-        folder = resolve(name_or_path, revision, token, ["*.safetensors"])
-        if not any(folder.glob("*.safetensors")):
-            folder = resolve(name_or_path, revision, token, ["*.bin"])
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the loading info tells, and with names
-    if quantization_config is not None:
-        options["quantization_config"] = spare(quantization_config, _SPARED)
-        # Else transformers would quantize on the current GPU, whichever that is.
-        device_map = device_map if device is None else {"": device}
-    if find_weights(folder)[0].suffix == ".bin":  # else transformers prefers an index of safetensors that are absent
-        options["use_safetensors"] = False
-    with config_errors(folder):
-        network, info = _WithDecoder.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attn_implementation, device_map=device_map, **options
-        )
-    _check_keys(str(folder), info)
-    network.__class__ = ChameleonForConditionalGeneration
-    network.config.architectures = ["ChameleonForConditionalGeneration"]
-    if device is not None and quantization_config is None:
-        network = network.to(device)
-    network.model.vqmodel.float().requires_grad_(False)
-    network.model.vqmodel.config.dtype = torch.float32
+    config_folder, config = read_model_config(name_or_path, revision, token)
+    if config["model_type"] != "chameleon":
+        raise ValueError(f"{name_or_path} is no Chameleon; load it with `load_checkpoint`.")
+    folder = weights_folder(name_or_path, revision, token)
+    check_adapter(folder, "chameleon")
+    check_claims(folder, empty_chameleon(config, config_folder))
+    _check_decoder(folder)
+    network = load_native(
+        _WithDecoder,
+        folder,
+        spared=_SPARED,
+        offloadable=("model.layers.", "model.norm.", "model.embed_tokens.", "lm_head."),
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        quantization_config=quantization_config,
+        device_map=device_map,
+    )
+    vq = network.model.vqmodel
+    vq.float().requires_grad_(False)
+    vq.config.dtype = torch.float32
+    # Settings are given, never inherited: some checkpoints bring temperature and top-p of their own.
+    network.generation_config = GenerationConfig.from_model_config(network.config)
     network.config._name_or_path = network.name_or_path = str(name_or_path)
-    return network.eval()
+    return _as_native(network)
 
 
 def empty_chameleon(config: dict, folder: Path) -> ChameleonForConditionalGeneration:
-    """The model that a `config.json` describes, on the meta device."""
+    """The model that a `config.json` describes, on the meta device; errors as in `load_chameleon`."""
     with config_errors(folder), torch.device("meta"):
-        return chameleon_of(ChameleonConfig.from_dict(config))
+        return chameleon_of(ChameleonConfig.from_dict(config), f"{folder}/config.json")
 
 
-def chameleon_of(config: ChameleonConfig) -> ChameleonForConditionalGeneration:
-    """A network with a decoder and random weights."""
-    image_ids(config.vocabulary_map or {}, "vocabulary_map of the config")
-    network = _WithDecoder(config)
+def chameleon_of(config: ChameleonConfig, where: str) -> ChameleonForConditionalGeneration:
+    """A network with a decoder, as transformers initialises it.
+
+    Args:
+        where: names the config in errors.
+
+    Raises:
+        ValueError: its words for codes, its codebook and its vocabulary do not fit.
+    """
+    ids, codes = image_ids(config.vocabulary_map or {}, where), config.vq_config.num_embeddings
+    if len(ids) != codes or max(ids) >= config.vocab_size:
+        raise ValueError(
+            f"{where}: vocabulary_map has {len(ids)} codes with token ids up to {max(ids)}; expected {codes} of them "
+            f"(num_embeddings of vq_config) below {config.vocab_size} (vocab_size). Get the file again."
+        )
+    return _as_native(_WithDecoder(config))
+
+
+def check_vocabulary(network: ChameleonForConditionalGeneration, processor: ChameleonProcessor, where: str) -> None:
+    """Raises `ValueError` where tokenizer and config give a code, or the ends of a picture, different token ids."""
+    config = network.config
+    same = processor.code_ids == image_ids(config.vocabulary_map, where)
+    for name in ("boi_token_id", "eoi_token_id"):  # of some configs
+        same = same and getattr(config, name, None) in (None, getattr(processor, name.replace("_token", "")))
+    if not same:
+        raise ValueError(
+            f"{where}: the tokenizer gives codes of pictures (IMGIMG…Z), or the tokens around them, other ids than "
+            "config.json. Get the files that belong together."
+        )
+
+
+def _as_native(network: _WithDecoder) -> ChameleonForConditionalGeneration:
     network.__class__ = ChameleonForConditionalGeneration
+    network.config.architectures = ["ChameleonForConditionalGeneration"]
     return network
 
 
-def _check_keys(source: str, info: dict) -> None:
-    problems = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
-    if problems["missing"] and all(".vqmodel.decoder." in key for key in problems["missing"]):
-        raise ValueError(
-            f"{source} has no weights of the image tokenizer's decoder (model.vqmodel.decoder.*), so it cannot draw: "
-            "Meta published Chameleon without it, and transformers drops it when it saves. Anole and TwGI have one."
-        )
-    if any(problems.values()):
-        lines = [f"{len(keys)} {name}: {'; '.join(keys[:5])}." for name, keys in problems.items() if keys]
-        raise ValueError(f"The weights of {source} do not fit the model one to one.\n" + "\n".join(lines))
+def _check_decoder(folder: Path) -> None:
+    for file in find_weights(folder):
+        with open_weights(file) as (names, _, _):
+            if any(".vqmodel.decoder." in name for name in names):
+                return
+    raise ValueError(
+        f"{folder} has no weights of the image tokenizer's decoder (model.vqmodel.decoder.*), so it cannot draw. Meta "
+        "published Chameleon without it (facebook/chameleon-7b), and transformers drops it when it saves. Anole "
+        "(GAIR/Anole-7b-v0.1) and TwGI have one."
+    )

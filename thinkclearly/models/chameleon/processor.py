@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from huggingface_hub.utils import EntryNotFoundError
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from thinkclearly.files import write_json
@@ -58,6 +58,7 @@ class ChameleonProcessor:
 
     Attributes:
         code_ids: the token id of each of the K codes.
+        unsaid_ids: token ids that are no words: those of pictures, and of the tokens around them.
         image_mean, image_std: normalisation of the channels, the same for every Chameleon.
 
     Raises:
@@ -65,6 +66,7 @@ class ChameleonProcessor:
     """
 
     image_mean, image_std = MEAN, STD
+    sees_codes = True
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_size: int, num_image_tokens: int):
         self.tokenizer, self.image_size, self.num_image_tokens = tokenizer, image_size, num_image_tokens
@@ -79,6 +81,7 @@ class ChameleonProcessor:
         self.bos_id, self.pad_id, self.eos_id, self.sep_id = (vocabulary[t] for t in (BOS, PAD, EOS, SEP))
         self.image_id, self.boi_id, self.eoi_id = (vocabulary[t] for t in (IMAGE, BOI, EOI))
         self.code_ids = image_ids(vocabulary, "The tokenizer")
+        self.unsaid_ids = [*self.code_ids, self.boi_id, self.eoi_id, self.image_id]
 
     @property
     def grid(self) -> int:
@@ -102,7 +105,8 @@ class ChameleonProcessor:
                     "every Chameleon has it. Copy the file of the base model."
                 )
         size = (pictures.get("crop_size") or {}).get("height") or (pictures.get("size") or {}).get("shortest_edge")
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
+        # Checkpoints name LlamaTokenizer, which would cut words in another way than tokenizer.json says.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, **hub)
         return cls(tokenizer, size or 512, prompts.get("image_seq_length", 1024))
 
     def save_pretrained(self, directory: str | Path) -> None:

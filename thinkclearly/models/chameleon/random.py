@@ -29,8 +29,6 @@ def random_chameleon(
     side, levels = vq["resolution"], len(vq["channel_multiplier"])
     processor = ChameleonProcessor(tokenizer, side, (side // 2 ** (levels - 1)) ** 2)
     vocabulary = tokenizer.get_vocab()
-    if len(processor.code_ids) != vq["num_embeddings"]:
-        raise ValueError(f"The tokenizer names {len(processor.code_ids)} codes, vq has {vq['num_embeddings']}.")
     ids = {"bos_token_id": processor.bos_id, "eos_token_id": processor.eos_id, "pad_token_id": processor.pad_id}
     config = ChameleonConfig(
         **{"vocab_size": max(vocabulary.values()) + 1, **ids, **sizes}, vq_config=vq, vocabulary_map=vocabulary
@@ -38,6 +36,6 @@ def random_chameleon(
     config.boi_token_id, config.eoi_token_id = processor.boi_id, processor.eoi_id
     torch.manual_seed(seed)
     with torch.device(device):
-        network = chameleon_of(config)
+        network = chameleon_of(config, "The config")
     network.to(dtype).model.vqmodel.float().requires_grad_(False)
     return network.eval(), processor

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration
 
 from thinkclearly.models.config_files import check_claims, config_errors
-from thinkclearly.models.folder import check_adapter, read_if_there, read_model_config, resolve
+from thinkclearly.models.folder import check_adapter, read_if_there, read_model_config, weights_folder
 from thinkclearly.models.janus import deepseek
-from thinkclearly.models.quantization import spare
+from thinkclearly.models.janus.meta import empty_janus
+from thinkclearly.models.native import load_native, raise_problems
 from thinkclearly.models.weight_files import find_weights, open_weights
 
 logger = logging.getLogger(__name__)
@@ -85,24 +86,24 @@ def load_janus(
         )
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"{weights} is no file; expected a state dict with DeepSeek's names.")
-    if weights is None and not Path(name_or_path).is_dir():
-        folder = resolve(name_or_path, revision, token, ["*.safetensors"])
-        if not any(folder.glob("*.safetensors")):
-            folder = resolve(name_or_path, revision, token, ["*.bin"])
     if weights is None:
+        folder = weights_folder(name_or_path, revision, token)
         check_adapter(folder, model_type)
     if model_type == "janus":
-        check_claims(folder, config)
-        model = _load_native(
+        check_claims(folder, empty_janus(config, folder))
+        model = load_native(
+            _Float32Tokenizer,
             folder,
+            spared=_SPARED,
+            offloadable=("model.language_model.", "lm_head."),
             dtype=dtype,
+            device=device,
             attn_implementation=attn_implementation,
             quantization_config=quantization_config,
-            # Else transformers would quantize on the current GPU, whichever that is.
-            device_map=device_map if quantization_config is None or device is None else {"": device},
+            device_map=device_map,
         )
-        if device is not None and quantization_config is None:
-            model = model.to(device)
+        model.__class__ = JanusForConditionalGeneration
+        _finish(model)
     else:
         files = find_weights(folder) if weights is None else [Path(weights)]
         where = str(folder if weights is None else weights)
@@ -138,31 +139,6 @@ class _Float32Tokenizer(JanusForConditionalGeneration):
     """Makes `from_pretrained` read the image tokenizer in float32, not through the dtype of the rest."""
 
     _keep_in_fp32_modules_strict = ("vqmodel",)
-
-
-def _load_native(source, **kwargs) -> JanusForConditionalGeneration:
-    if kwargs["quantization_config"] is not None:
-        kwargs["quantization_config"] = spare(kwargs["quantization_config"], _SPARED)
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the loading info tells, and with names
-    if find_weights(source)[0].suffix == ".bin":  # else transformers prefers an index of safetensors that are absent
-        kwargs["use_safetensors"] = False
-    with config_errors(source):
-        model, info = _Float32Tokenizer.from_pretrained(source, **options, **kwargs)
-    model.__class__ = JanusForConditionalGeneration
-    problems = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
-    _raise_problems(str(source), {name: keys for name, keys in problems.items() if keys})
-    needed = [name for name in offloaded(model) if not name.startswith(("model.language_model.", "lm_head."))]
-    if needed:
-        raise ValueError(
-            f"device_map offloads {needed[0]} and {len(needed) - 1} more; only the language model can be offloaded. "
-            "Give the other parts (model.vision_model, model.vqmodel, model.generation_head, …) a device."
-        )
-    return _finish(model)
-
-
-def offloaded(model: nn.Module) -> list[str]:
-    """Parameters that accelerate keeps elsewhere and brings in for their module's computation only."""
-    return [name for name, parameter in model.named_parameters() if parameter.is_meta]
 
 
 def _finish(model: JanusForConditionalGeneration) -> JanusForConditionalGeneration:
@@ -246,18 +222,7 @@ def _check_keys(model, shapes, source):
                 f"{expected[name]}"
             )
     problems["missing"] = sorted({deepseek.deepseek_key(name) for name in expected.keys() - found})
-    _raise_problems(source, {name: keys for name, keys in problems.items() if keys})
-
-
-def _raise_problems(source: str, problems: dict[str, list[str]]):
-    if not problems:
-        return
-    lines = [f"The weights of {source} do not fit the model one to one."]
-    for name, keys in problems.items():
-        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-        lines.append(f"{len(keys)} {name}: {'; '.join(keys[:5])}{more}.")
-    lines.append("Check that config.json belongs to these weights and that every file was downloaded in full.")
-    raise ValueError("\n".join(lines))
+    raise_problems(source, problems)
 
 
 # ---- ids ---------------------------------------------------------------------------------------------------------

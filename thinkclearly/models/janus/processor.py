@@ -58,6 +58,8 @@ class JanusProcessor:
         ValueError: another template, or the tokenizer lacks a token that is needed.
     """
 
+    sees_codes = False
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -91,6 +93,7 @@ class JanusProcessor:
             tokenizer.pad_token = PAD
         self.bos_id, self.eos_id, self.pad_id = vocabulary[BOS], vocabulary[EOS], vocabulary[PAD]
         self.image_id, self.boi_id, self.eoi_id = vocabulary[IMAGE], vocabulary[BOI], vocabulary[EOI]
+        self.unsaid_ids: list[int] = []  # codes of pictures have a vocabulary of their own
 
     @property
     def grid(self) -> int:
