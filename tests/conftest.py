@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from hub_server import HubServer
+from random_chameleons import save, small_chameleon
 from safetensors.torch import load_file
 
 from thinkclearly.data import encode
@@ -66,6 +67,12 @@ def sizes(golden, weights) -> SimpleNamespace:
     return SimpleNamespace(
         codes=len(weights["gen_embed.weight"]), positions=positions, grid=math.isqrt(positions), side=side
     )
+
+
+@pytest.fixture(scope="session")
+def chameleon(tmp_path_factory) -> Path:
+    """A folder with a small Chameleon of random weights."""
+    return save(small_chameleon(), tmp_path_factory.mktemp("chameleon"))
 
 
 @pytest.fixture
