@@ -158,7 +158,8 @@ def test_results_are_the_scorers_scores_of_the_pictures_with_their_captions(whol
     for pair, (_, *captions) in enumerate(CAPTIONS):
         shown = [pictures[f"{pair}_{i}_{k}.png"] for i in range(2) for k in range(2)]
         scores[pair] = judge.score([captions[0]] * 2 + [captions[1]] * 2, shown)
-    assert read_scores(whole / "scores.json") == {pair: pytest.approx(row, abs=1e-5) for pair, row in scores.items()}
+    saved = read_scores(whole / "pictures" / "scores.json")
+    assert saved == {pair: pytest.approx(row, abs=1e-5) for pair, row in scores.items()}
     results = read(whole)["results"]
     color = np.mean([np.mean(scores[0]), np.mean(scores[2])])
     arithmetic = results["arithmetic mean"]["model"]

@@ -17,7 +17,7 @@ from thinkclearly.reporting.curves import calibration_curve, training_curves
 from thinkclearly.reporting.pictures import heat_map, mask_image, red_overlay, sheet
 from thinkclearly.reporting.tables import format_number, markdown
 
-VOID = {"meta", "img", "source"}
+VOID = {"meta", "img", "input", "source"}
 LOG = [
     {"step": 10, "loss": 3.0, "clear_rate_true": 0.6, "clear_rate_predicted": 0.1, "learning_rate": 1e-4},
     {"step": 20, "loss": math.nan, "clear_rate_true": 0.6, "clear_rate_predicted": 0.5, "code_accuracy": 0.2},

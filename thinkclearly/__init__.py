@@ -12,6 +12,8 @@ _HOMES = {
     "EditSession": "editing.session",
     "EditSettings": "editing.settings",
     "Editor": "editing.editor",
+    "Thought": "generation.think",
+    "ThoughtSettings": "decoding.thought_settings",
     "prepare_dataset": "data.prepare",
     "register_instruction": "instructions",
 }
@@ -43,7 +45,7 @@ def load_editor(name_or_path: str, **kwargs) -> "Editor":  # noqa: F821
 
 
 def load_model(name_or_path: str, **kwargs) -> "Editor":  # noqa: F821
-    """A base model or a fine-tune of any family, with `edit`, `generate` and `describe`.
+    """A base model or a fine-tune of any family, with `edit`, `generate`, `describe` and `think`.
 
     Args:
         name_or_path: folder or Hub id; "tiny" is the base that ships along.

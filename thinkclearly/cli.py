@@ -18,6 +18,7 @@ JOBS = {
     "edit": ("commands.edit", "Edit a picture, or folders and data sets of them, by instructions."),
     "generate": ("commands.generate", "Draw pictures from words."),
     "describe": ("commands.describe", "Answer a question about a picture."),
+    "think": ("commands.think", "Think in words and pictures: draw, say what is wrong, draw again."),
     "evaluate": ("commands.evaluate", "Measure a folder of saved edits, or run a benchmark."),
     "convert": ("commands.convert", "Rewrite a checkpoint in DeepSeek's layout or in transformers'."),
     "push": ("commands.push", "Upload a fine-tune or prepared data to the Hub."),

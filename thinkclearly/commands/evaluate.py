@@ -1,7 +1,7 @@
 """Measure saved edits, `thinkclearly evaluate DIR`, or run a benchmark, `evaluate --benchmark magicbrush …`.
 
 Benchmarks of edits: magicbrush, pie-bench. Of drawing, with options of their own: paircomp, geneval,
-shapes-pairs.
+shapes-pairs; with --mode critique or another of `thinkclearly think` they compare a thought's first and last picture.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from thinkclearly.commands.loading import LoadArguments, load_any, load_finetune, weights
+from thinkclearly.decoding.thought_settings import ThoughtSettings
 from thinkclearly.editing.settings import SettingOverrides, given
 from thinkclearly.recipe import RecipeParser, option
 
@@ -46,31 +47,32 @@ def _benchmark(argv: list[str]) -> None:
     from thinkclearly.evaluation.benchmarks.drawn import NUM_IMAGES, DrawnArguments, run_drawn
     from thinkclearly.evaluation.benchmarks.run import BenchmarkArguments, run_benchmark
 
-    drawn = _name(argv) in NUM_IMAGES
+    drawn = _named(argv, "benchmark") in NUM_IMAGES
+    thinks = drawn and _named(argv, "mode") is not None
     options = [DrawnArguments, LoadArguments] if drawn else [BenchmarkArguments, EvaluateArguments]
-    options.append(SettingOverrides)
+    options.append(ThoughtSettings if thinks else SettingOverrides)
     parser = RecipeParser(options, usage=USAGE, prog="thinkclearly evaluate", description=__doc__)
-    arguments, model, overrides = parser.parse(argv)
+    arguments, model, settings = parser.parse(argv)
     if drawn:
         named = weights(model) | {"model": model.model or "tiny"}
-        run_drawn(load_any(model), arguments, named, given(overrides))
+        run_drawn(load_any(model), arguments, named, settings if thinks else given(settings))
     else:
-        run_benchmark(load_finetune(model), arguments, weights(model), given(overrides))
+        run_benchmark(load_finetune(model), arguments, weights(model), given(settings))
 
 
 def _is_recipe(word: str) -> bool:
     return word.endswith((".yaml", ".yml"))
 
 
-def _name(argv: list[str]) -> str | None:
-    """The benchmark that the command line or its recipe names. What is wrong with either, the parser tells."""
+def _named(argv: list[str], option: str) -> str | None:
+    """What the command line or its recipe says of an option. What is wrong with either, the parser tells."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--benchmark", nargs="?")
-    name = finder.parse_known_args(argv)[0].benchmark
-    if name is None and _is_recipe(argv[0]):
+    finder.add_argument(f"--{option}", dest="value", nargs="?")
+    value = finder.parse_known_args(argv)[0].value
+    if value is None and _is_recipe(argv[0]):
         try:
             recipe = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             return None
-        name = recipe.get("benchmark") if isinstance(recipe, dict) else None
-    return name
+        value = recipe.get(option) if isinstance(recipe, dict) else None
+    return value

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
@@ -17,12 +17,16 @@ from PIL import Image
 
 from thinkclearly.colour import painted, seen
 from thinkclearly.decoding.engine import Decoded, decode, guided_rows
+from thinkclearly.decoding.interleaved import Ended
 from thinkclearly.decoding.settings import check_seed
+from thinkclearly.decoding.thought_settings import ThoughtSettings
 from thinkclearly.editing.composite import assemble, composite, smooth_mask
 from thinkclearly.editing.result import EditResult
 from thinkclearly.editing.settings import EditSettings
+from thinkclearly.editing.think import think
 from thinkclearly.generation.describe import describe
 from thinkclearly.generation.draw import draw, to_pictures
+from thinkclearly.generation.think import Picture, Text
 from thinkclearly.images import Letterbox, load_image, load_photo
 from thinkclearly.models.fingerprint import fingerprint
 from thinkclearly.models.instruction_head import InstructionModel
@@ -249,6 +253,25 @@ class Editor:
             max_new_tokens=max_new_tokens,
             **sampling,
         )
+
+    def think(
+        self, prompt: str, *, images=(), seed: int = 0, progress: Callable[[int], None] | None = None, **overrides
+    ) -> Iterator[Text | Picture]:
+        """Thinks about a prompt; words (`.text`) and pictures (`.image`, `.changed`) come as they are made.
+
+        `Thought(list(editor.think(...)))` has them all, with `.first`, `.last` and `.text`. See `editing.think.think`
+        for how models without one stream of words and pictures think.
+
+        Args:
+            images: paths or pictures that the prompt shows, with `mode="general"` and a Chameleon model.
+            progress: called with the number of tokens so far.
+            overrides: fields of `ThoughtSettings`, e.g. `mode="subgoals"`.
+        """
+        check_seed(seed)
+        shown = [[load_photo(image) for image in images]]
+        options = {"samples": [(seed, 0)], "pictures": shown, "on_step": progress}
+        stream = think(self, [prompt], ThoughtSettings(**overrides), **options)
+        return (part for _, part in stream if not isinstance(part, Ended))
 
 
 def _override(settings: EditSettings, overrides: dict) -> EditSettings:

@@ -149,16 +149,19 @@ def write_report(
         _folded(f"{len(rows)} edits in full", rows and _scale() + "".join(_edit(row) for row in rows)),
         _folded("How it was made", _notes(notes or {})),
     ]
-    page = (
+    path = directory / "report.html"
+    write_text(path, page(title, "\n".join(filter(None, body))))
+    return path
+
+
+def page(title: str, body: str, style: str = "") -> str:
+    """A whole HTML file in the colours and type of the report; `style` is CSS of its own."""
+    return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(filter(None, body))
-        + "\n</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n<body><main>\n"
+        f"{body}\n</main></body></html>\n"
     )
-    path = directory / "report.html"
-    write_text(path, page)
-    return path
 
 
 def _folded(summary: str, body: str) -> str:
@@ -246,6 +249,13 @@ def _edit(row: Mapping) -> str:
 
 def _figure(label: str, picture: Image.Image, detail: str = "", exact: bool = False, largest: int = THUMBNAIL) -> str:
     """A picture with its caption; heat maps are kept lossless (`exact`), photographs may be compressed."""
+    detail = f"<span>{escape(detail)}</span>" if detail else ""
+    image = embedded(label, picture, exact, largest)
+    return f"<figure>{image}<figcaption>{escape(label)}{detail}</figcaption></figure>"
+
+
+def embedded(label: str, picture: Image.Image, exact: bool = False, largest: int = THUMBNAIL) -> str:
+    """A picture inside the page, shrunk to `largest` pixels; small ones and `exact` ones lossless."""
     small = ' class="small"' if max(picture.size) <= SMALL else ""
     picture = picture.convert("RGB")
     picture.thumbnail((largest, largest))
@@ -253,10 +263,9 @@ def _figure(label: str, picture: Image.Image, detail: str = "", exact: bool = Fa
     lossless = exact or bool(small)
     picture.save(buffer, "WEBP", lossless=lossless, quality=80 if lossless else 88)
     data = base64.b64encode(buffer.getvalue()).decode()
-    detail = f"<span>{escape(detail)}</span>" if detail else ""
     return (
-        f'<figure><img{small} src="data:image/webp;base64,{data}" alt="{escape(label)}" width="{picture.width}" '
-        f'height="{picture.height}" loading="lazy"><figcaption>{escape(label)}{detail}</figcaption></figure>'
+        f'<img{small} src="data:image/webp;base64,{data}" alt="{escape(label)}" width="{picture.width}" '
+        f'height="{picture.height}" loading="lazy">'
     )
 
 

@@ -18,11 +18,15 @@ from PIL import Image
 
 from thinkclearly.data.pairs import shape_pairs
 from thinkclearly.decoding.settings import check_seed
+from thinkclearly.decoding.thought_settings import ThoughtSettings
 from thinkclearly.editing.editor import Editor
+from thinkclearly.editing.think import thinking_fingerprint
 from thinkclearly.evaluation.benchmarks import geneval, paircomp, shapes_pairs
 from thinkclearly.evaluation.benchmarks.detector import ColourNamer, Detector
 from thinkclearly.evaluation.benchmarks.drawing import Prompt, draw_prompts
 from thinkclearly.evaluation.benchmarks.results import MEASURED_FILE, measure_each, write_results
+from thinkclearly.evaluation.benchmarks.shapes_pairs import MODEL
+from thinkclearly.evaluation.benchmarks.thinking import FIRST, LAST, think_ends
 from thinkclearly.evaluation.benchmarks.towers import Clip
 from thinkclearly.evaluation.benchmarks.vqa import QUESTION, VqaScorer
 from thinkclearly.files import is_local, strict, write_json, write_text
@@ -75,25 +79,26 @@ class Task:
 
     Attributes:
         instrument: makes the function that looks at a batch: (number, pictures) of prompts → a dict each.
-        summarise: these dicts, in the order of `prompts` → setting → row → column → number.
+        summarise: these dicts, in the order of `prompts`, and the pictures' folder → setting → row → column → number.
         notes: sentences for the report.
     """
 
     prompts: list[Prompt]
     instrument: Callable[[], Callable[[Sequence[tuple[int, list[Image.Image]]]], list[dict]]]
-    summarise: Callable[[list[dict]], dict[str, dict[str, dict]]]
+    summarise: Callable[[list[dict], Path], dict[str, dict[str, dict]]]
     notes: list[str]
 
 
-def run_drawn(editor: Editor, arguments: DrawnArguments, model: dict, settings: dict) -> dict | None:
+def run_drawn(editor: Editor, arguments: DrawnArguments, model: dict, settings: dict | ThoughtSettings) -> dict | None:
     """Draws what is not yet drawn, measures what is not yet measured, and writes results.json and results.md.
 
     Every process of a launch draws its share; the first one measures. A whole benchmark's results, drawn with the
-    fine-tune's own settings, are also written to `benchmarks/` of its folder, for its card.
+    fine-tune's own settings, are also written to `benchmarks/` of its folder, for its card. Where the model thinks,
+    the first and the last picture of each thought are rows of their own.
 
     Args:
         model: what the pictures depend on, e.g. `model`, `base` and `dtype`; kept with the results.
-        settings: fields of `EditSettings`.
+        settings: fields of `EditSettings`; or how to think, instead of drawing at once.
 
     Returns:
         `dict`: the content of results.json; `None` in other processes than the first.
@@ -105,24 +110,61 @@ def run_drawn(editor: Editor, arguments: DrawnArguments, model: dict, settings: 
     make_task = {"paircomp": _paircomp, "geneval": _geneval, "shapes-pairs": _shapes_pairs}[arguments.benchmark]
     task = make_task(arguments, editor)
     run = model | {name: getattr(arguments, name) for name in ("benchmark", "path", "seed", "num_images")}
-    folder, effective = Path(arguments.output_dir), replace(editor.settings, **settings)
-    options = {"batch_size": arguments.batch_size, "seed": arguments.seed, **settings}
-    draw_prompts(editor, task.prompts, folder / PICTURES, run=run, **options)
+    folder = Path(arguments.output_dir)
+    make = _think if isinstance(settings, ThoughtSettings) else _draw
+    made = make(editor, task.prompts, folder, settings, run, arguments)
     if not PartialState().is_main_process:
         return None
     head = head_digest(editor.model.clear_head.weight, editor.model.clear_config)
     judges = {name: getattr(arguments, name) for name in JUDGES[arguments.benchmark]}
-    run |= editor.fingerprint(**settings) | {"head": head} | judges
+    run |= made.fingerprint | {"head": head} | judges
     results = {
         "run": run | {"split": "all", "limit": arguments.limit},
         "left_out": 0,
-        "notes": [_how(effective, arguments), *task.notes],
-        "results": task.summarise(_measure(task, folder, run, arguments)),
+        "notes": [*made.notes, *task.notes],
+        "results": _results(task, made.rows, folder, run, arguments),
     }
-    own = arguments.limit is None and arguments.num_images == NUM_IMAGES[arguments.benchmark]
-    own &= effective == editor.settings and not (model.get("load_in_8bit") or model.get("load_in_4bit"))
+    own = made.by_default and arguments.limit is None and arguments.num_images == NUM_IMAGES[arguments.benchmark]
+    own &= not (model.get("load_in_8bit") or model.get("load_in_4bit"))
     own &= is_local(str(model["model"])) and (Path(model["model"]) / HEAD_FILE).is_file()
     return write_results(folder, results, Path(model["model"]) if own else None)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Pictures by row of the table, the name of their folder; and what they come from.
+
+    Attributes:
+        by_default: whether the model draws so unless it is told otherwise.
+    """
+
+    rows: dict[str, str]
+    fingerprint: dict
+    notes: list[str]
+    by_default: bool
+
+
+def _draw(editor: Editor, prompts, folder: Path, settings: dict, run: dict, arguments: DrawnArguments) -> _Made:
+    effective = replace(editor.settings, **settings)
+    options = {"batch_size": arguments.batch_size, "seed": arguments.seed, **settings}
+    draw_prompts(editor, prompts, folder / PICTURES, run=run, **options)
+    notes, by_default = [_how(effective, arguments)], effective == editor.settings
+    return _Made({MODEL: PICTURES}, editor.fingerprint(**settings), notes, by_default)
+
+
+def _think(
+    editor: Editor, prompts, folder: Path, settings: ThoughtSettings, run: dict, arguments: DrawnArguments
+) -> _Made:
+    options = {"batch_size": arguments.batch_size, "seed": arguments.seed}
+    without = think_ends(editor, prompts, folder, settings, run=run, **options)
+    notes = [
+        f"{arguments.num_images} thoughts a prompt, seed {arguments.seed}: mode {settings.mode}, preset "
+        f"{settings.preset}, second {settings.second}, temperature {settings.picture_temperature:g}, top_k "
+        f"{settings.picture_top_k or 'all'} (words: {settings.temperature:g}, {settings.top_k or 'all'})."
+    ]
+    if without:
+        notes.append(f"{without} thoughts ended without a picture and count as black ones.")
+    return _Made({FIRST: FIRST, LAST: LAST}, thinking_fingerprint(editor, settings), notes, by_default=False)
 
 
 def _how(settings, arguments: DrawnArguments) -> str:
@@ -136,25 +178,42 @@ def _how(settings, arguments: DrawnArguments) -> str:
     )
 
 
-def _measure(task: Task, folder: Path, run: dict, arguments: DrawnArguments) -> list[dict]:
-    places = {("pictures", str(number)): number for number in range(len(task.prompts))}
-    files = [[folder / PICTURES / name for name in prompt.files] for prompt in task.prompts]
+def _results(
+    task: Task, rows: dict[str, str], folder: Path, run: dict, arguments: DrawnArguments
+) -> dict[str, dict[str, dict]]:
+    """Setting → row → column → number: where pictures are several rows, one table of them all."""
+    results: dict[str, dict[str, dict]] = {}
+    for row, measured in _measure(task, rows, folder, run, arguments).items():
+        for setting, found in task.summarise(measured, folder / rows[row]).items():
+            table = results.setdefault(setting, {})
+            results[setting] = {name: table[name] for name in table if name in rows} | {row: found.pop(MODEL)} | found
+    return results
+
+
+def _measure(
+    task: Task, rows: dict[str, str], folder: Path, run: dict, arguments: DrawnArguments
+) -> dict[str, list[dict]]:
+    """Row → what was seen of each prompt."""
+    places = {(name, str(number)): number for name in rows.values() for number in range(len(task.prompts))}
+    files = {
+        (name, key): [folder / name / file for file in task.prompts[number].files]
+        for (name, key), number in places.items()
+    }
 
     def instrument():
         look = task.instrument()
 
         def batch(keys):
-            numbers = [places[key] for key in keys]
-            shown = [(number, [load_image(path) for path in files[number]]) for number in numbers]
+            shown = [(places[key], [load_image(path) for path in files[key]]) for key in keys]
             return dict(zip(keys, look(shown)))
 
         return batch
 
-    fingerprints = {place: _digest([path.read_bytes() for path in files[number]]) for place, number in places.items()}
+    fingerprints = {place: _digest([path.read_bytes() for path in paths]) for place, paths in files.items()}
     header = strict(run) | ({} if arguments.path is None else {"data": _digest([Path(arguments.path).read_bytes()])})
     count = max(1, arguments.batch_size // arguments.num_images)
     measured = measure_each(folder / MEASURED_FILE, header, fingerprints, instrument, count)
-    return [measured[place] for place in places]
+    return {row: [measured[place] for place in places if place[0] == name] for row, name in rows.items()}
 
 
 def _digest(contents: list[bytes]) -> str:
@@ -185,13 +244,13 @@ def _paircomp(arguments: DrawnArguments, editor: Editor) -> Task:
 
         return look
 
-    def summarise(rows):
+    def summarise(rows, folder):
         scores = [[row["scores"] for row in rows[2 * pair : 2 * pair + 2]] for pair in range(len(pairs))]
-        write_json(Path(arguments.output_dir) / SCORES_FILE, paircomp.scores_file(scores))
+        write_json(folder / SCORES_FILE, paircomp.scores_file(scores))
         means = paircomp.summarise(pairs, {pair: [*first, *second] for pair, (first, second) in enumerate(scores)})
         pictures = {"pictures": len(prompts) * arguments.num_images}
         return {
-            f"{kind} mean": {"model": pictures | {name: 100 * mean[kind] for name, mean in means.items()}}
+            f"{kind} mean": {MODEL: pictures | {name: 100 * mean[kind] for name, mean in means.items()}}
             for kind in paircomp.MEANS
         }
 
@@ -223,12 +282,12 @@ def _geneval(arguments: DrawnArguments, editor: Editor) -> Task:
 
         return look
 
-    def summarise(rows):
+    def summarise(rows, folder):
         for i, item in enumerate(items):  # for the authors' own evaluator, which reads such a folder
-            write_text(Path(arguments.output_dir) / PICTURES / f"{i:05d}" / "metadata.jsonl", item.line + "\n")
+            write_text(folder / f"{i:05d}" / "metadata.jsonl", item.line + "\n")
         judged = [(item.tag, [not reason for reason in row["wrong"]]) for item, row in zip(items, rows)]
         count = {"pictures": len(items) * arguments.num_images}
-        return {setting: {"model": count | shares} for setting, shares in geneval.summarise(judged).items()}
+        return {setting: {MODEL: count | shares} for setting, shares in geneval.summarise(judged).items()}
 
     notes = [
         f"Objects are found by {arguments.detector}, not by the authors' weights (mmdet's Mask2Former Swin-S), and "
@@ -245,7 +304,7 @@ def _shapes_pairs(arguments: DrawnArguments, editor: Editor) -> Task:
         shown, pictures = [prompts[number] for number, _ in batch], [pictures for _, pictures in batch]
         return shapes_pairs.look(editor.model, editor.processor, shown, pictures)
 
-    def summarise(rows):
+    def summarise(rows, _):
         return {f"{kind} mean": found for kind, found in shapes_pairs.summarise(prompts, rows).items()}
 
     notes = ["Judged by the generator of the shapes: a picture shows all of its scene or it does not."]

@@ -14,6 +14,8 @@ from thinkclearly.reporting.tables import ROW_LABELS, format_number, markdown_ta
 LABELS = ROW_LABELS | {
     TARGET: "the target itself",
     "model": "this model",
+    "first": "this model, a thought's first picture",
+    "last": "this model, a thought's last picture",
     "partner": "the true picture of the pair's other scene",
     "tokenizer": "the true picture through the tokenizer",
 }
