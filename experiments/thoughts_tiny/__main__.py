@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from experiments.thoughts_tiny import measure
+from experiments.thoughts_tiny.own_drawings import write_thoughts
 from thinkclearly.commands.train import main as train
 from thinkclearly.data.shape_score import is_shown
 from thinkclearly.decoding.thought_settings import ThoughtSettings
@@ -28,14 +29,13 @@ from thinkclearly.reporting.tables import markdown_table
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2)
+CRITIQUES, OTHERS = 2400, 1200  # thoughts to learn from
 BASE = "tiny_chameleon"
 COMMON = {
     "method": "interleaved",
     "base_model": BASE,
     "lora_r": 0,
-    "source": "shapes",
-    "thought_mode": ["critique", "subgoals", "general"],
-    "limit": 6000,
+    "source": "thoughts",
     "eval_samples": 0,
     "per_device_train_batch_size": 16,
     "learning_rate": 3e-4,
@@ -62,7 +62,7 @@ ARMS = [
     Arm("cross-entropy", {"reconstruction_weight": 0}),
     Arm("reconstruction, next", {"reconstruction_weight": 1, "reconstruction_at": "next"}),
     Arm("reconstruction, own", {"reconstruction_weight": 1, "reconstruction_at": "own"}),
-    Arm("CLEAR", {"reconstruction_weight": 0, "instructions": ["CLEAR"], "thought_mode": ["critique"]}),
+    Arm("CLEAR", {"reconstruction_weight": 0, "instructions": ["CLEAR"]}),
 ]
 CLEAR = ARMS[-1]
 
@@ -74,7 +74,11 @@ def directory(work: Path, arm: Arm, seed: int) -> Path:
 def teach(work: Path, arm: Arm, seed: int) -> Path:
     """One run of `thinkclearly train`."""
     output = directory(work, arm, seed)
+    thoughts = work / "thoughts"
+    if not (thoughts / "thoughts.jsonl").is_file():
+        write_thoughts(BASE, thoughts, SETTINGS, CRITIQUES, OTHERS)
     options = COMMON | arm.options | {"seed": seed, "output_dir": output, "prepared_dir": work / "prepared"}
+    options["path"] = thoughts / "thoughts.jsonl"
     words = []
     for name, value in options.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -173,7 +177,8 @@ tokenizer pass in {100 * tokenizer["ceiling"]:.1f} %, another prompt's true scen
 errors of a share near one half are {200 * (0.25 / arguments.count) ** 0.5:.1f} points.
 
 The arms continue the shipped model for {COMMON["max_steps"]} steps of
-{COMMON["per_device_train_batch_size"]} thoughts; half of the first pictures in training have a mistake.
+{COMMON["per_device_train_batch_size"]} thoughts: {found["thoughts"]["critiques"]} critiques of its own drawings, of
+which {found["thoughts"]["wrong"]} have a mistake, with {OTHERS} sub-goals and {OTHERS} drawings at once.
 
 ## Critique
 
@@ -235,6 +240,7 @@ def main() -> None:
                 teach(work, arm, seed)
             row[kind] = kept(path, what, str(output or BASE), count)
         found["rows"].append(row)
+    found["thoughts"] = json.loads((work / "thoughts" / "counts.json").read_text())
     if not arguments.only:
         write_report(found, arguments)
 

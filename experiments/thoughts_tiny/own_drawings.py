@@ -1,0 +1,78 @@
+"""Thoughts to learn from, made of a model's own drawings: what it gets wrong, in the generator's words, put right.
+
+Mistakes that are made up are not those that a model makes. Knows prompts of the training part alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from experiments.thoughts_tiny.measure import think
+from thinkclearly.data.shape_critic import critique_of, mistakes, put_right, read_scene
+from thinkclearly.data.shape_score import is_shown
+from thinkclearly.data.shapes import Scene
+from thinkclearly.data.thoughts import IMAGE, thought_rows
+from thinkclearly.decoding.interleaved import context
+from thinkclearly.decoding.thought_settings import ThoughtSettings
+from thinkclearly.files import replacing
+from thinkclearly.generation.draw import to_pictures
+from thinkclearly.models.chameleon.processor import TEMPLATES
+from thinkclearly.models.finetunes import load_any
+
+SEED = 77
+
+
+def write_thoughts(name: str, folder: Path, settings: ThoughtSettings, critiques: int, others: int) -> Path:
+    """A file for `source: thoughts`: critiques of the model's own first pictures, sub-goals, and drawings at once.
+
+    A first picture in which nothing is wrong that words could say, and which the judge still refuses, is left out.
+
+    Args:
+        critiques: prompts to draw.
+        others: sub-goals, and as many drawings at once.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines, counts = _own_critiques(name, folder, settings, critiques), {}
+    counts["critiques"], counts["wrong"] = len(lines), sum(line.pop("wrong") for line in lines)
+    for mode in ("subgoals", "general"):
+        for row in thought_rows(mode, others, "train", seed=SEED):
+            files = [f"images/{row['key']}-{k}.png" for k in range(len(row["images"]))]
+            for file, image in zip(files, row["images"]):
+                (folder / file).write_bytes(image["bytes"])
+            lines.append(_line(mode, row["prompt"], row["response"], files, row["edit_of"], row["scene"]))
+    path = folder / "thoughts.jsonl"
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "counts.json").write_text(json.dumps(counts) + "\n", encoding="utf-8")
+    return path
+
+
+def _own_critiques(name: str, folder: Path, settings: ThoughtSettings, count: int) -> list[dict]:
+    model, processor = load_any(name)
+    rows = thought_rows("critique", count, "train", seed=SEED)
+    settings = replace(settings, mode="critique", max_pictures=1)
+    found = think(model, processor, [context(processor, row["prompt"], settings) for row in rows], settings)
+    lines = []
+    for k, (row, thought) in enumerate(zip(rows, found)):
+        scene, rng = Scene.from_json(row["scene"]), np.random.default_rng((SEED, k))
+        (picture,) = to_pictures(model, torch.tensor(thought.pictures[:1]))
+        read = read_scene(picture)
+        wrong = bool(mistakes(read, scene, rng))
+        if wrong == is_shown(picture, scene):
+            continue
+        files = [f"images/own-{k}-{n}.png" for n in range(2)]
+        for file, image in zip(files, (picture, put_right(picture, read, scene))):
+            image.save(folder / file)
+        response = f"{IMAGE}{critique_of(read, scene, rng)}{IMAGE}"
+        lines.append(_line("critique", row["prompt"], response, files, [-1, 0], row["scene"]) | {"wrong": wrong})
+    return lines
+
+
+def _line(mode: str, prompt: str, response: str, files: list[str], edit_of: list[int], scene: str) -> dict:
+    prompt = TEMPLATES[mode].format(p=prompt)
+    return {"prompt": prompt, "response": response, "images": files, "edit_of": edit_of, "scene": scene}
