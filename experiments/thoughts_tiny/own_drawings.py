@@ -40,8 +40,8 @@ def write_thoughts(name: str, folder: Path, settings: ThoughtSettings, critiques
     lines, counts = _own_critiques(name, folder, settings, critiques), {}
     counts["critiques"], counts["wrong"] = len(lines), sum(line.pop("wrong") for line in lines)
     for mode in ("subgoals", "general"):
-        for row in thought_rows(mode, others, "train", seed=SEED):
-            files = [f"images/{row['key']}-{k}.png" for k in range(len(row["images"]))]
+        for number, row in enumerate(thought_rows(mode, others, "train", seed=SEED)):
+            files = [f"images/{mode}-{number}-{k}.png" for k in range(len(row["images"]))]
             for file, image in zip(files, row["images"]):
                 (folder / file).write_bytes(image["bytes"])
             lines.append(_line(mode, row["prompt"], row["response"], files, row["edit_of"], row["scene"]))
