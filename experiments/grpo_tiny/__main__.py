@@ -20,7 +20,7 @@ from statistics import median
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
-from thinkclearly.commands.train import main as train
+from experiments.arms import kept, train
 from thinkclearly.data.options import DataArguments
 from thinkclearly.data.pairs import shape_pairs
 from thinkclearly.data.sources import shapes
@@ -104,10 +104,7 @@ def teach(work: Path, arm: Arm, seed: int) -> Path:
     """One run of `thinkclearly train`."""
     output = directory(work, arm, seed)
     options = COMMON | arm.options | {"seed": seed, "output_dir": output, "prepared_dir": work / "prepared"}
-    words = []
-    for name, value in options.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    train(words)
+    train(options)
     return output
 
 
@@ -152,15 +149,6 @@ def measure_edits(name: str, count: int) -> dict:
             "cpu_seconds": (time.process_time() - started) / count,
         }
     return found
-
-
-def measured(work: Path, label: str, measure, *arguments) -> dict:
-    """What `measure` gives, kept in a file."""
-    path = work / "measured" / f"{label}.json"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, measure(*arguments))
-    return json.loads(path.read_text())
 
 
 def seconds_by_stage(output: Path) -> dict[str, float]:
@@ -241,7 +229,7 @@ def main() -> None:
             continue
         measure, count = (measure_edits, arguments.edits) if edits else (measure_drawing, arguments.pairs)
         if not arguments.only or "base" in arguments.only:
-            what = measured(work, f"base-{'edits' if edits else 'draw'}", measure, name, count)
+            what = kept(work / "measured" / f"base-{'edits' if edits else 'draw'}.json", measure, name, count)
             found["rows"].append({"name": "before", "seed": "–", "edits": edits, "measured": what})
         for arm in [arm for arm in ARMS if arm.edits == edits]:
             for seed in arm.seeds:
@@ -252,7 +240,7 @@ def main() -> None:
                     found["not_measured"].append(output.name)
                     continue
                 output = output if arguments.so_far else teach(work, arm, seed)
-                what = measured(work, output.name, measure, str(output), count)
+                what = kept(work / "measured" / f"{output.name}.json", measure, str(output), count)
                 found["rows"].append({"name": arm.name, "seed": seed, "edits": edits, "measured": what})
                 if seed == SEEDS[0]:
                     found["stages"][f"{arm.name} ({'edits' if edits else 'drawing'})"] = seconds_by_stage(output)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
+from experiments.arms import kept, train
 from experiments.thoughts_tiny import measure
 from experiments.thoughts_tiny.own_drawings import write_thoughts
-from thinkclearly.commands.train import main as train
 from thinkclearly.data.shape_score import is_shown
 from thinkclearly.decoding.thought_settings import ThoughtSettings
 from thinkclearly.evaluation.report import machine
@@ -79,10 +79,7 @@ def teach(work: Path, arm: Arm, seed: int) -> Path:
         write_thoughts(BASE, thoughts, SETTINGS, CRITIQUES, OTHERS)
     options = COMMON | arm.options | {"seed": seed, "output_dir": output, "prepared_dir": work / "prepared"}
     options["path"] = thoughts / "thoughts.jsonl"
-    words = []
-    for name, value in options.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    train(words)
+    train(options)
     return output
 
 
@@ -126,14 +123,6 @@ def measure_tokenizer(count: int) -> dict:
     partner = scenes[1:] + scenes[:1]
     others = [is_shown(scene.render(processor.image_size), other) for scene, other in zip(scenes, partner)]
     return {"ceiling": measure.share(found), "another prompt's picture": measure.share(others)}
-
-
-def kept(path: Path, what, *arguments) -> dict:
-    """What a measurement gives, kept in a file."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, what(*arguments))
-    return json.loads(path.read_text())
 
 
 def percent(*shares: float) -> list[str]:
