@@ -100,7 +100,7 @@ def test_subgoals_draw_each_object_alone_where_it_will_stand_and_then_all():
         assert thought.prompt == whole.caption() and len(thought.scenes) <= 4
         assert [scene.shapes for scene in alone] == [(shape,) for shape in whole.shapes]
         assert {scene.background for scene in alone} == {whole.background}
-        assert thought.edit_of == (*[-1] * len(alone), len(alone) - 1)
+        assert thought.edit_of == (-1,) * (len(alone) + 1)
         assert [isinstance(part, Scene) for part in thought.parts] == [False, True] * len(thought.scenes)
         for words, shape in zip(thought.parts[::2], whole.shapes):
             assert f"{shape.colour} {shape.name} at the {shape.place}" in words

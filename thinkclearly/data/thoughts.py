@@ -126,8 +126,8 @@ def critique(seed: int, index: int, wrong: float = 0.5) -> Thought:
 def subgoals(seed: int, index: int) -> Thought:
     """Two or three objects, each alone where it will stand, then the whole.
 
-    The whole is an edit of the last object's picture: it keeps that object and the background. The objects' pictures
-    are no edits of each other, since what one shows the next one lacks.
+    No picture is an edit of another: each object's lacks what the one before shows, and the words before the whole do
+    not say what to change.
     """
     rng = np.random.default_rng((seed, index))
     scene = _wanted(rng, index, shapes=int(rng.integers(2, 4)))
@@ -136,7 +136,7 @@ def subgoals(seed: int, index: int) -> Thought:
         wording = _pick(rng, STEPS["next" if number else "first"])
         parts += [wording.format(object=_object(shape)), replace(scene, shapes=(shape,))]
     count = len(scene.shapes)
-    return Thought(scene.caption(), (*parts, _pick(rng, STEPS["last"]), scene), (*[-1] * count, count - 1))
+    return Thought(scene.caption(), (*parts, _pick(rng, STEPS["last"]), scene), (-1,) * (count + 1))
 
 
 def direct(seed: int, index: int) -> Thought:
