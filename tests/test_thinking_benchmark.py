@@ -63,6 +63,7 @@ def test_the_ends_of_a_thought_are_rows_of_one_table(tmp_path):
         ]
         assert line["rows"]["model"] == shown
     assert {(line["setting"], line["key"]) for line in lines} == {(end, k) for end in ("first", "last") for k in "01"}
+    assert (output / "thoughts" / "index.html").is_file()
     before = {path: path.stat().st_mtime_ns for path in (output / "thoughts").glob("*/thought.json")}
     assert evaluate(output, *flags) == found
     assert before == {path: path.stat().st_mtime_ns for path in before}

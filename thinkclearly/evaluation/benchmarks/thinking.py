@@ -16,6 +16,7 @@ from thinkclearly.decoding.thought_settings import ThoughtSettings
 from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.thoughts import THOUGHTS_FILE, think_prompts
 from thinkclearly.evaluation.benchmarks.drawing import Prompt
+from thinkclearly.evaluation.thought_pages import write_pages
 from thinkclearly.files import replacing
 
 FIRST, LAST, THOUGHTS = "first", "last", "thoughts"
@@ -24,7 +25,7 @@ FIRST, LAST, THOUGHTS = "first", "last", "thoughts"
 def think_ends(
     editor: Editor, prompts: Sequence[Prompt], folder: Path, settings: ThoughtSettings, **options
 ) -> int | None:
-    """Thinks about every prompt as often as it has files, into `thoughts/`; then `first/` and `last/` hold its ends.
+    """Thinks about every prompt as often as it has files, into `thoughts/`; then `first/` and `last/` hold the ends.
 
     Args:
         options: of `think_prompts`: `run`, `batch_size`, `seed`.
@@ -41,6 +42,7 @@ def think_ends(
     think_prompts(editor, asked, folder / THOUGHTS, settings, num_thoughts=count, **options)
     if not PartialState().is_main_process:
         return None
+    write_pages(folder / THOUGHTS, THOUGHTS_FILE)
     side, without = editor.processor.image_size, 0
     thoughts = thought_files.read_decoded(folder / THOUGHTS / THOUGHTS_FILE)
     for thought, name in zip(thoughts, (name for prompt in prompts for name in prompt.files)):
