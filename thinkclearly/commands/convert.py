@@ -1,4 +1,4 @@
-"""Rewrite a checkpoint in the other layout: DeepSeek's or transformers'."""
+"""Rewrite a Janus checkpoint in the other layout: DeepSeek's or transformers'."""
 
 from __future__ import annotations
 
@@ -31,9 +31,12 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
+    from thinkclearly.models.folder import read_model_config
     from thinkclearly.models.janus.export import export_deepseek
     from thinkclearly.models.load import load_checkpoint
 
+    if arguments.model != "tiny" and read_model_config(arguments.model)[1]["model_type"] == "chameleon":
+        raise ValueError(f"{arguments.model} is a Chameleon, which has one layout; convert is for Janus.")
     checkpoint = load_checkpoint(arguments.model, weights=arguments.weights, dtype=getattr(torch, arguments.dtype))
     if arguments.to == "deepseek":
         # The tokenizer files as they are: transformers 5 would write a class that DeepSeek's code does not find.

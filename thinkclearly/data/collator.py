@@ -13,15 +13,15 @@ from thinkclearly.data.features import FeatureCache, pictures_of, source_square
 from thinkclearly.data.sources import BadRecord
 from thinkclearly.instructions import CLEAR, InstructionVocabulary
 from thinkclearly.models.protocol import Processor
-from thinkclearly.sequence import Dropout, answering, drawing
+from thinkclearly.sequence import Dropout, Known, Row, Seen, answering, drawing
 
 
 class Collator:
     """Builds batches for `InstructionModel.forward`.
 
     Labels of withheld rows: without the source's codes instructions stay labels, since the picture's features and the
-    words still tell what stays. Rows that are told nothing are labelled with plain codes: an instruction would mean
-    nothing there.
+    words still tell what stays. Rows that show nothing of the source are labelled with plain codes: an instruction
+    would mean nothing there.
 
     Args:
         processor: the one that inference uses.
@@ -77,8 +77,8 @@ class Collator:
         labels = torch.tensor([rows[k]["output_tokens"] for k in drawn], dtype=torch.long).view(len(drawn), n)
         if len(self.vocabulary):
             transformed = torch.stack([self._transformed(rows[k], codes[k]) for k in drawn])
-            told_nothing = torch.tensor([shown[k].tells_nothing for k in drawn])
-            labels = torch.where(told_nothing[:, None], self.vocabulary.remap(labels, transformed), labels)
+            sees_nothing = torch.tensor([not self._shows_pictures(shown[k]) for k in drawn])
+            labels = torch.where(sees_nothing[:, None], self.vocabulary.remap(labels, transformed), labels)
             batch["transformed"] = transformed
         batch["labels"] = labels
         if self.skip_padding or self.legacy_shift or self.source_weight != 1:
@@ -92,6 +92,10 @@ class Collator:
             batch["word_columns"] = torch.cat(columns)
             batch["word_labels"] = torch.tensor([token for ids in answers.values() for token in ids])
         return batch
+
+    def _shows_pictures(self, row: Row) -> bool:
+        kinds = Known if self.processor.sees_codes else (Seen, Known)
+        return any(isinstance(segment, kinds) and i not in row.withheld for i, segment in enumerate(row.sample))
 
     def _transformed(self, row: dict, codes: np.ndarray) -> torch.Tensor:
         """Codes (I, N) of each instruction's transform of the source; zeros, never used, where there is no source."""

@@ -36,6 +36,7 @@ from thinkclearly.hub.card import (
     run_of,
     step_of,
 )
+from thinkclearly.models.config_files import VOCABULARY
 from thinkclearly.models.finetunes import load_clear_model
 from thinkclearly.models.folder import TINY
 from thinkclearly.models.instruction_head import ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, LOCAL_BASE, read_base_name
@@ -181,6 +182,12 @@ def staged(
     """
     directory = Path(directory).absolute()
     _check_complete(directory)
+    kind = _read_json(directory / "config.json").get("model_type")
+    if (pt or merged == "deepseek") and kind != "janus":
+        raise ValueError(
+            f"{directory} is a fine-tune of a {kind}; --merged deepseek and --pt write layouts of Janus. Leave them "
+            "out, or use --merged native."
+        )
     base = base_model_of(directory, base_model_id)
     base = tiny_id(repo_id) if base == "tiny" else base
     with tempfile.TemporaryDirectory(prefix="thinkclearly-push-") as temporary:
@@ -323,6 +330,8 @@ def check_publishable(folder: Path) -> None:
         if path.suffix not in (".json", ".md", ".yaml", ".py") or path.name == "tokenizer.json":
             continue
         text = path.read_text(encoding="utf-8")
+        if path.name == "config.json":  # words of a vocabulary may look like paths
+            text = json.dumps(json.loads(text) | {VOCABULARY: None})
         if _TOKEN.search(text):
             raise ValueError(f"{path.name} holds what looks like a Hub token; take it out before the folder is pushed")
         if path.suffix == ".json" and (found := _LOCAL_PATH.search(text)):

@@ -70,6 +70,8 @@ def lora_targets(checkpoint: Checkpoint, parts: tuple[str, ...] = ()) -> str:
     for part in _chosen(checkpoint, parts).values():
         prefix = names[part]
         linear = [name for module, name in names.items() if isinstance(module, nn.Linear) and name.startswith(prefix)]
+        if not linear:
+            continue
         leaves = sorted({name.rpartition(".")[2] for name in linear})
         inner = "" if prefix in linear else rf"\.(.+\.)?({'|'.join(map(re.escape, leaves))})"
         patterns.append(re.escape(prefix) + inner)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from thinkclearly.decoding.engine import MAX_BLOCK, guided_rows
@@ -43,13 +44,14 @@ def weights(model: InstructionModel, dtype: torch.dtype, in_4bit: bool = False) 
     Args:
         model: on the meta device.
         dtype: of the base; the image tokenizer is float32 anyway, and so are LoRA and the CLEAR head.
-        in_4bit: whether the language model's frozen matrices are.
+        in_4bit: whether the frozen matrices of the language model's layers are.
     """
     parts: dict[str, Part] = {}
     family = model.token_model
+    matrices = {id(m.weight) for m in family.language_model.layers.modules() if isinstance(m, nn.Linear)}
     for part, module in family.parts().items():
         for name, parameter in module.named_parameters():
-            small = in_4bit and module is family.language_model and ".layers." in f".{name}" and parameter.ndim == 2
+            small = in_4bit and id(parameter) in matrices
             lora = "lora_" in name
             size = 4 if lora or part == family.tokenizer_part else NF4 if small else dtype.itemsize
             row = parts.setdefault("LoRA" if lora else part, Part("LoRA" if lora else part, 0, 0))
@@ -111,8 +113,8 @@ def drawing(family: TokenModel, samples: Samples, classes: int, dtype: torch.dty
     """
     config, n = family.language_model.config, family.grid**2
     capacity = n + min(samples.block or MAX_BLOCK, n)
-    slots = (2 * n if samples.edits else 0) + WORDS + capacity
-    width = config.num_key_value_heads * config.head_dim
+    slots = (shown_length(family) if samples.edits else 0) + WORDS + capacity
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * samples.count * samples.rows * slots * width * dtype.itemsize
     noise = samples.count * capacity * classes * torch.float32.itemsize
     return [Part("keys and values", None, cache), Part("noise", None, noise)]
@@ -164,10 +166,15 @@ def activations(
     return [Part("activations", None, total), Part("logits, softmax, gradient", None, 3 * 4 * classes * length)]
 
 
+def shown_length(family: TokenModel) -> int:
+    """Positions of a picture in a prompt: its features and its codes, or its codes alone where there is no tower."""
+    return family.grid**2 * (1 if family.tower_part == family.tokenizer_part else 2)
+
+
 def example_batch(family: TokenModel, batch_size: int, with_source: bool = True) -> dict[str, torch.Tensor]:
     """The inputs of `InstructionModel.forward` for one batch, all zeros, with `WORDS` tokens beside the slots."""
     n, side = family.grid**2, family.image_size
-    length = (3 if with_source else 1) * n + WORDS - 1
+    length = (shown_length(family) if with_source else 0) + n + WORDS - 1
     ids, codes = (torch.zeros(batch_size, length, dtype=torch.long) for length in (length, n))
     slots = torch.zeros(batch_size, int(with_source), dtype=torch.long)
     pictures = {"source_tokens": codes, "pixel_values": torch.zeros(batch_size, 3, side, side)} if with_source else {}

@@ -5,6 +5,8 @@ Knows nothing of CLEAR, and nothing of files.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
@@ -90,10 +92,9 @@ class Chameleon:
     def embed_prompt(
         self, prompt: PromptBatch, features: torch.Tensor | None = None, codes: torch.Tensor | None = None
     ) -> torch.Tensor:
-        embeds = self.embed_words(prompt.input_ids)
-        if codes is not None:
-            features = codes = self.embed_codes(codes)
-        return fill_pictures(embeds, prompt, features, codes)
+        pictures = features if codes is None else self.embed_codes(codes)
+        slots = torch.maximum(prompt.seen_slots, prompt.known_slots)  # a picture is laid out once
+        return fill_pictures(self.embed_words(prompt.input_ids), replace(prompt, known_slots=slots), None, pictures)
 
     def embed_words(self, ids: torch.Tensor) -> torch.Tensor:
         return self.network.get_input_embeddings()(ids).to(ids.device)
