@@ -166,6 +166,8 @@ def test_a_fine_tune_is_shared_as_an_adapter_or_as_whole_weights(clear, chameleo
     with staged(clear, "you/edit", **options) as folder:
         assert json.loads((folder / "config.json").read_text())["model_type"] == "chameleon"
         assert (folder / "adapter_config.json").exists() == (merged is None)
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert "- chameleon" in card and "- janus" not in card and "Janus" not in card
         found = load_editor(folder, **({} if merged else {"base": chameleon})).edit(picture, "Make it blue.", seed=3)
     assert torch.equal(found.class_ids, expected.class_ids)
 

@@ -14,7 +14,9 @@ from thinkclearly.recipe import RecipeParser, option
 class DescribeArguments(LoadArguments):
     """Words about a picture."""
 
-    model: str = field(default="", metadata={"help": "Folder or Hub id of a Janus model.", "required": True})
+    model: str = field(
+        default="", metadata={"help": "Folder or Hub id of a Janus or Chameleon model.", "required": True}
+    )
     image: str = field(default="", metadata={"help": "Picture to look at.", "required": True})
     question: str = option("What is in the picture?", "Question about it.")
     num_answers: int = option(1, "Samples.")

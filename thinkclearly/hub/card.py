@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 CARD_FILE, RECIPE_FILE = "README.md", "recipe.yaml"
 TASK = "image-to-image"
-TAGS = ["clear-edit", "thinkclearly", "janus", "image-editing"]
+TAGS = ["clear-edit", "thinkclearly", "image-editing"]
 SHAPES = "built-in shapes"
 MARK = "<!-- Written by thinkclearly, anew by each training and push. Delete this line, and the text is yours. -->"
 # The second is PEFT's form with nothing filled in, which it leaves beside every adapter.
@@ -72,13 +72,15 @@ def model_card(
     title = repo_id.split("/")[-1] if repo_id else run_of(directory).name
     metrics = read_metrics(directory)
     benchmarks = [result for found in read_benchmarks(directory) for result in eval_results(found)]
+    family = _read(directory / "config.json", json.loads).get("model_type", "janus")
+    tags = [*TAGS, family]
     metadata = ModelCardData(
         model_name=title if metrics or benchmarks else None,
         base_model=base_model,
         datasets=[data] if "/" in data else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=TASK,
-        tags=TAGS,
+        tags=tags,
         eval_results=[
             EvalResult(
                 task_type=TASK,
@@ -97,14 +99,14 @@ def model_card(
     )
     if (path := _users_card(directory)) is not None:
         own = ModelCard.load(path)
-        tags = [tag for tag in own.data.tags or [] if not tag.startswith("base_model:")]
+        users = [tag for tag in own.data.tags or [] if not tag.startswith("base_model:")]
         known = {key: value for key, value in vars(metadata).items() if value is not None}
-        for key, value in (known | {"tags": [*tags, *(tag for tag in TAGS if tag not in tags)]}).items():
+        for key, value in (known | {"tags": [*users, *(tag for tag in tags if tag not in users)]}).items():
             own.data[key] = value
         own.data["base_model"] = base_model
         return own
     known = read_clear_config(directory).instructions if (directory / CONFIG_FILE).is_file() else [CLEAR]
-    parts = [MARK, f"# {title}", _about(base_model, data, step_of(directory), bool(known))]
+    parts = [MARK, f"# {title}", _about(base_model, family, data, step_of(directory), bool(known))]
     others = [name for name in known if name != CLEAR]
     parts += [_further(others)] if others else []
     parts.append(_usage(repo_id, EDIT if known else DRAW))
@@ -211,7 +213,7 @@ def dataset_card(repo_id: str, preparation: Preparation) -> DatasetCard:
     facts |= {"instructions": ", ".join(preparation.transforms)} if preparation.transforms else {}
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
     text = (
-        f"{MARK}\n\n# {repo_id.split('/')[-1]}\n\nPicture edits as the image codes of a Janus model: source, target, "
+        f"{MARK}\n\n# {repo_id.split('/')[-1]}\n\nPicture edits as the image codes of a model: source, target, "
         "instruction, and how far each patch changed. They fit the model whose codebook has this hash; another one "
         f"is refused.\n\n| | |\n|---|---|\n{rows}\n\n"
         f"```bash\nthinkclearly train recipe.yaml --source prepared --path {repo_id}\n```\n"
@@ -227,8 +229,8 @@ def _users_card(directory: Path) -> Path | None:
     return None
 
 
-def _about(base_model: str | None, data: str, step: int | None, copies: bool) -> str:
-    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a Janus model"
+def _about(base_model: str | None, family: str, data: str, step: int | None, copies: bool) -> str:
+    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"a {family.capitalize()} model"
     clear = (
         f"Edits pictures by instruction: {base}, fine-tuned on {data} to say `<CLEAR>` wherever the source should "
         "stay. Those patches are copied from the photo itself, byte for byte and at its own resolution."

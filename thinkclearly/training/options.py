@@ -87,7 +87,7 @@ class ModelArguments:
     """The model to start from."""
 
     base_model: str = option(
-        "tiny", "Folder or Hub id of a Janus model, native or DeepSeek format; 'tiny' ships along."
+        "tiny", "Folder or Hub id of a Janus (either layout) or Chameleon model; 'tiny', a Janus, ships along."
     )
     model_revision: str | None = option(None, "Branch, tag or commit of the base model on the Hub.")
     dtype: str = option(
