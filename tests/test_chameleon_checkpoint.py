@@ -126,6 +126,19 @@ def test_a_model_without_weights_has_the_same_parts(chameleon, network):
     assert all(p.is_meta for p in empty.parameters())
 
 
+def test_the_config_alone_tells_how_large_a_model_is(chameleon, tmp_path):
+    """Chameleon-7B's sizes, which are the defaults of transformers' config."""
+    ids = {
+        f"IMGIMG{str(code).translate(str.maketrans('0123456789', 'ABCDEFGHIJ'))}Z": code + 4 for code in range(8192)
+    }
+    config = {"model_type": "chameleon", "vocabulary_map": ids, "vq_config": {"model_type": "chameleon_vqgan"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    family = token_model(load_empty(str(tmp_path)))
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in family.parts().items()}
+    assert family.grid == 32 and family.image_size == 512 and family.codebook_size == 8192
+    assert count["layers"] + 2 * count["lm_head"] == pytest.approx(7.01e9, rel=1e-3)
+
+
 # ---- what does not fit -------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from test_sft import flags, write_records
 from thinkclearly import cli, load_editor, load_model
 from thinkclearly.data.collator import Collator
 from thinkclearly.data.shapes import packaged_photos, random_edit
-from thinkclearly.hub.publish import staged
+from thinkclearly.hub.publish import check_publishable, staged
 from thinkclearly.images import Letterbox
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.chameleon.model import Chameleon
@@ -170,6 +170,15 @@ def test_a_fine_tune_is_shared_as_an_adapter_or_as_whole_weights(clear, chameleo
         assert "- chameleon" in card and "- janus" not in card and "Janus" not in card
         found = load_editor(folder, **({} if merged else {"base": chameleon})).edit(picture, "Make it blue.", seed=3)
     assert torch.equal(found.class_ids, expected.class_ids)
+
+
+def test_words_of_a_vocabulary_are_no_paths_of_this_machine(tmp_path):
+    config = {"vocabulary_map": {"/home/": 7}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_publishable(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_name_or_path": "/home/me/model"}))
+    with pytest.raises(ValueError, match="config.json holds /home/me/model"):
+        check_publishable(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"merged": "deepseek"}, {"pt": True}])

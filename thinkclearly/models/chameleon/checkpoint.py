@@ -147,6 +147,6 @@ def _check_decoder(folder: Path) -> None:
                 return
     raise ValueError(
         f"{folder} has no weights of the image tokenizer's decoder (model.vqmodel.decoder.*), so it cannot draw. Meta "
-        "published Chameleon without it (facebook/chameleon-7b), and transformers drops it when it saves. Anole "
-        "(GAIR/Anole-7b-v0.1) and TwGI have one."
+        "published Chameleon without it (facebook/chameleon-7b), and transformers drops it when it saves. Anole and "
+        "Thinking with Generated Images have one, in this layout, once their own transformers fork has converted them."
     )
