@@ -6,6 +6,7 @@ import re
 import huggingface_hub
 import pytest
 import torch
+from conftest import GOLDEN_ROOT
 from transformers import get_scheduler
 
 from thinkclearly import cli
@@ -17,6 +18,7 @@ from thinkclearly.generation.draw import draw
 from thinkclearly.models.finetunes import TINY_CLEAR, load_base, load_clear_model
 from thinkclearly.models.instruction_head import ClearConfig
 from thinkclearly.models.load import Checkpoint, load_checkpoint, load_empty
+from thinkclearly.models.stream import StreamModel
 from thinkclearly.training import memory, setup
 from thinkclearly.training.clear import ClearArguments
 from thinkclearly.training.methods import parse_options
@@ -159,6 +161,42 @@ def test_janus4os_recipes_train_every_part_but_the_tokenizer_or_lora(recipe, cap
     learning = {"LoRA"} if "LoRA" in sizes else sizes.keys() - {"vqmodel", "gradients"}
     assert ("LoRA" in sizes) == (recipe == "janus4o_lora") and "total" in page
     assert sizes["gradients"] == sum(sizes[name] for name in learning)
+
+
+@pytest.mark.golden
+@pytest.mark.skipif(not (GOLDEN_ROOT / "chameleon_tiny").is_dir(), reason="no golden Chameleon")
+@pytest.mark.parametrize("recipe", ["twgi_critique", "twgi_lora_48gb"])
+def test_streams_are_counted_by_their_length(recipe, capsys, pytestconfig):
+    base = GOLDEN_ROOT / "chameleon_tiny" / "checkpoint"
+    argv = ["train", str(pytestconfig.rootpath / "recipes" / f"{recipe}.yaml"), "--base_model", str(base)]
+    argv += ["--dry_run", "true", "--bf16", "false", "--activation_checkpointing", "false"]
+    found = {}
+    for length in (200, 400):
+        cli.main([*argv, "--max_stream", str(length)])
+        page = capsys.readouterr().out
+        assert f"A record is a stream of {length - 1} tokens." in page and "\nprojection " in page
+        sizes = re.findall(r"^(\w[\w, ]*?)\s+(?:([\d,]+)\s+)?([\d.]+)$", page, re.MULTILINE)
+        found[length] = {name: (int((count or "0").replace(",", "")), float(gib)) for name, count, gib in sizes}
+    parts = found[200]
+    learning = {"LoRA", "CLEAR head"} if "LoRA" in parts else parts.keys() - {"vqmodel", "gradients", "projection"}
+    assert ("LoRA" in parts) == (recipe == "twgi_lora_48gb")
+    assert parts["gradients"][0] == sum(parts[name][0] for name in {*learning, "projection"})
+    assert found[400]["activations"][1] > 1.5 * parts["activations"][1]
+
+
+@pytest.mark.golden
+@pytest.mark.skipif(not (GOLDEN_ROOT / "chameleon_tiny").is_dir(), reason="no golden Chameleon")
+def test_the_parameters_of_streams_are_those_of_the_real_model():
+    base = str(GOLDEN_ROOT / "chameleon_tiny" / "checkpoint")
+    with torch.device("meta"):
+        model = StreamModel.of(build(base, Checkpoint(load_empty(base), None), lora_r=4))
+    real = StreamModel.of(build(base, load_checkpoint(base), lora_r=4))
+    parts = memory.weights(model, torch.float32)
+    assert sum(part.bytes for part in parts) == sum(p.nbytes for p in real.parameters())
+    gradients, _ = memory.learning(model, torch.bfloat16)
+    assert gradients.bytes == sum(p.nbytes for p in real.parameters() if p.requires_grad), "what is added is float32"
+    small = {part.name: part.bytes for part in memory.weights(model, torch.bfloat16, in_4bit=True)}
+    assert small["layers"] < 0.2 * next(part.bytes for part in parts if part.name == "layers")
 
 
 def test_janus4os_learning_rate_rises_over_a_twentieth_and_ends_at_its_floor(pytestconfig):

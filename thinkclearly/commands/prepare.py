@@ -1,4 +1,4 @@
-"""Tokenize and label photo pairs; statistics, plots and a look at examples."""
+"""Tokenize and label photo pairs, or thoughts; statistics, plots and a look at examples."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def main(argv: list[str] | None = None) -> None:
     from accelerate import PartialState
 
     from thinkclearly.data.inspect import inspect_dataset
+    from thinkclearly.data.interleaved import build_thoughts
     from thinkclearly.data.jsonl import write_jsonl
     from thinkclearly.data.options import DataArguments
     from thinkclearly.data.sources import read_example, write_folder
     from thinkclearly.data.splits import build_data
+    from thinkclearly.data.thought_report import inspect_thoughts
     from thinkclearly.training.methods import all_option_classes
     from thinkclearly.training.options import ModelArguments
     from thinkclearly.training.setup import build_checkpoint
@@ -38,6 +40,15 @@ def main(argv: list[str] | None = None) -> None:
     if output.export_folder and data.source in ("jsonl", "prepared"):
         raise ValueError(f"export_folder={output.export_folder!r} needs pictures, and {data.path} holds tokens only")
     checkpoint = build_checkpoint(model)
+    if data.source == "thoughts" or data.thought_mode:
+        if output.export_folder or output.jsonl:
+            raise ValueError(
+                "export_folder and jsonl are for photo pairs; thoughts are in a file of their own already"
+            )
+        streams = build_thoughts(data, checkpoint)
+        if PartialState().is_main_process:
+            inspect_thoughts(streams, checkpoint, output.output_dir)
+        return
     prepared = build_data(data, checkpoint, instructions=output.instructions)
     if not PartialState().is_main_process:
         return

@@ -245,7 +245,8 @@ def tokenize_thoughts(
             "they are not used",
             *(differing, len(encoded)),
         )
-    streams = _streams(encoded, np.asarray(processor.code_ids, np.int32), clear_label, pixel_tolerance)
+    n, code_ids = processor.num_image_tokens, np.asarray(processor.code_ids, np.int32)
+    streams = _streams(encoded, code_ids, n, clear_label, pixel_tolerance)
     if max_stream is None:
         return streams, 0
     lengths = np.array([len(ids) for ids in streams.with_format("numpy")["input_ids"]])
@@ -260,12 +261,12 @@ def tokenize_thoughts(
     return streams.select(kept), len(lengths) - len(kept)
 
 
-def _streams(encoded: Dataset, code_ids: np.ndarray, rule: str, tolerance: int) -> Dataset:
+def _streams(encoded: Dataset, code_ids: np.ndarray, n: int, rule: str, tolerance: int) -> Dataset:
     """Puts the pictures' ids in their places."""
 
     def fill(row: dict) -> dict:
         ids, starts = np.asarray(row["input_ids"]).copy(), row["picture_starts"]
-        codes = np.asarray(row["codes"]).reshape(len(starts), -1).copy()
+        codes = np.asarray(row["codes"]).reshape(-1, n).copy()
         difference = np.asarray(row["pixel_difference"]).reshape(codes.shape)
         copied = np.zeros(codes.shape, bool)
         for number, source in enumerate(row["edit_of"]):
@@ -273,8 +274,7 @@ def _streams(encoded: Dataset, code_ids: np.ndarray, rule: str, tolerance: int) 
                 pair = {"input_tokens": codes[source], "target_tokens": codes[number]}
                 copied[number] = unchanged(pair | {"pixel_difference": difference[number]}, rule, tolerance)
                 codes[number] = np.where(copied[number], codes[source], codes[number])
-            start = starts[number]
-            ids[start : start + codes.shape[1]] = code_ids[codes[number]]
+            ids[starts[number] : starts[number] + n] = code_ids[codes[number]]
         return {"input_ids": ids, "copied": copied.ravel()}
 
     needed = encoded.select_columns(["input_ids", "picture_starts", "edit_of", "codes", "pixel_difference"])

@@ -100,6 +100,11 @@ class InstructionModel(nn.Module):
     def device(self) -> torch.device:
         return self.base.device
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """What accelerate shards one by one under FSDP: the layers, whatever the family calls them."""
+        return [type(self.token_model.language_model.layers[0]).__name__]
+
     def activation_checkpointing_enable(self, **kwargs):
         """What the Trainer calls for `activation_checkpointing` (once `gradient_checkpointing`)."""
         self.base.activation_checkpointing_enable(**kwargs)

@@ -77,6 +77,8 @@ class StreamTrainer(SupervisedTrainer):
     train_mean_names = ("ce", "reconstruction", "accuracy", "code_accuracy", "clear_rate_true", "clear_rate_predicted")
 
     def __init__(self, model: StreamModel, reconstruction_weight: float = 1.0, **kwargs):
+        if not len(model.vocabulary):
+            self.train_mean_names = self.train_mean_names[:4]
         super().__init__(model=model, **kwargs)
         self.reconstruction_weight = reconstruction_weight
         self.code_ids = model.token_model.code_ids.to(self.args.device)
@@ -141,7 +143,7 @@ class StreamTrainer(SupervisedTrainer):
             (edit_rows, copied.float(), torch.ones_like(said)),
             (edit_rows, said, torch.ones_like(said)),
         )
-        return dict(zip(self.train_mean_names, found, strict=True))
+        return dict(zip(self.train_mean_names, found))
 
 
 Trainer = StreamTrainer

@@ -20,7 +20,9 @@ from thinkclearly.models.folder import resolve
 from thinkclearly.models.instruction_head import ADAPTER_FILE, ClearConfig, InstructionModel
 from thinkclearly.models.load import Checkpoint, load_empty
 from thinkclearly.models.protocol import TokenModel
+from thinkclearly.models.stream import StreamModel
 from thinkclearly.training.grpo import GrpoArguments
+from thinkclearly.training.interleaved import InterleavedArguments
 from thinkclearly.training.options import Options
 from thinkclearly.training.setup import adapter_config, build_model
 
@@ -39,11 +41,11 @@ class Part:
 
 
 def weights(model: InstructionModel, dtype: torch.dtype, in_4bit: bool = False) -> list[Part]:
-    """The weights of each part of the base, the adapter and the CLEAR head.
+    """The weights of each part of the base, the adapter, the CLEAR head and a `StreamModel`'s projection.
 
     Args:
         model: on the meta device.
-        dtype: of the base; the image tokenizer is float32 anyway, and so are LoRA and the CLEAR head.
+        dtype: of the base; the image tokenizer is float32 anyway, and so is everything that is added.
         in_4bit: whether the frozen matrices of the language model's layers are.
     """
     parts: dict[str, Part] = {}
@@ -57,9 +59,12 @@ def weights(model: InstructionModel, dtype: torch.dtype, in_4bit: bool = False) 
             row = parts.setdefault("LoRA" if lora else part, Part("LoRA" if lora else part, 0, 0))
             row.parameters += parameter.numel()
             row.bytes += parameter.numel() * size
-    count = sum(p.numel() for p in model.clear_head.parameters())
     lora = [parts.pop("LoRA")] if "LoRA" in parts else []
-    return [*parts.values(), *lora, Part("CLEAR head", count, 4 * count)]
+    added = {"CLEAR head": model.clear_head}
+    if isinstance(model, StreamModel):
+        added["projection"] = model.projection
+    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in added.items()}
+    return [*parts.values(), *lora, *(Part(name, count, 4 * count) for name, count in counts.items())]
 
 
 def learning(model: InstructionModel, dtype: torch.dtype, state_bytes: int | None = None) -> list[Part]:
@@ -68,7 +73,8 @@ def learning(model: InstructionModel, dtype: torch.dtype, state_bytes: int | Non
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             count += parameter.numel()
-            total += parameter.numel() * (4 if "lora_" in name or name.startswith("clear_head") else dtype.itemsize)
+            small = "lora_" in name or name.startswith(("clear_head", "projection"))
+            total += parameter.numel() * (4 if small else dtype.itemsize)
     return [
         Part("gradients", count, total),
         Part("optimizer states", None, 2 * (total if state_bytes is None else count * state_bytes)),
@@ -126,6 +132,7 @@ def activations(
     autocast: torch.dtype | None,
     checkpointing: bool,
     with_source: bool = True,
+    stream: int = 0,
 ) -> list[Part]:
     """What the forward pass keeps for the backward pass, for one batch on one device.
 
@@ -133,11 +140,11 @@ def activations(
         model: on the meta device; takes its dtypes from there and loses its own parameters to shapes.
         batch_size: rows.
         with_source: whether they show a picture, or words alone.
+        stream: tokens of a row of a `StreamModel`; 0 for rows that draw one picture.
         autocast: type of mixed precision, if any.
         checkpointing: only the inputs of the layers are kept; one layer at a time is computed again.
     """
     family = model.token_model
-    n = family.grid**2
     kept: dict[int, torch.UntypedStorage] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").train()
@@ -148,13 +155,15 @@ def activations(
             kept[storage._cdata] = storage
             return tensor
 
-        batch = example_batch(family, batch_size, with_source)
+        batch = stream_batch(family, batch_size, stream) if stream else example_batch(family, batch_size, with_source)
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
         ):
             model(**batch)
-    classes, positions = model.vocabulary.num_classes, batch_size * n
+    classes, positions = model.vocabulary.num_classes, batch_size * family.grid**2
+    if stream:
+        classes, positions = family.language_model.config.vocab_size, len(batch["word_labels"])
     length = chunk_length(positions)
     # The last chunk's softmax is among what is kept, the rest of its three parts comes when the backward pass begins.
     softmax = 4 * classes * (positions - length * ((positions - 1) // length))
@@ -190,6 +199,22 @@ def example_batch(family: TokenModel, batch_size: int, with_source: bool = True)
     }
 
 
+def stream_batch(family: TokenModel, batch_size: int, length: int) -> dict[str, torch.Tensor]:
+    """The inputs of `StreamModel.forward` for one batch of streams of `length` tokens, as many pictures as fit."""
+    n, pictures = family.grid**2, max(1, (length - WORDS) // (family.grid**2 + 2))
+    ids, labelled = torch.zeros(batch_size, length, dtype=torch.long), torch.zeros(batch_size * length).long()
+    drawn, none = torch.ones(batch_size * pictures).long(), torch.zeros(0).long()
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        **dict.fromkeys(("word_rows", "word_columns", "word_labels"), labelled),
+        **dict.fromkeys(("picture_rows", "picture_columns"), drawn),
+        "picture_codes": drawn.new_zeros(len(drawn), n),
+        **dict.fromkeys(("edit_rows", "edit_columns"), none),
+        "edit_labels": none.new_zeros(0, n),
+    }
+
+
 def table(parts: list[Part]) -> str:
     """Plain text, one line a component and one for the sum."""
     lines = [f"{'component':28}{'parameters':>16}{'GiB':>10}"]
@@ -219,12 +244,16 @@ def estimate_memory(options: Options, method) -> str:
     with torch.device("meta"):
         model = build_model(replace(options, lora=lora), checkpoint, config)
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
-    size, with_source, notes = training.per_device_train_batch_size, True, ""
+    size, with_source, stream, notes = training.per_device_train_batch_size, True, 0, ""
+    if isinstance(options.method, InterleavedArguments):
+        stream, notes = options.data.max_stream - 1, f"A record is a stream of {options.data.max_stream - 1} tokens.\n"
+        with torch.device("meta"):
+            model = StreamModel.of(model)
     held = weights(model, dtype, options.model.load_in_4bit)
     gradients, states = learning(model, dtype, 1 if "8bit" in training.optim else None)
     held += [gradients, states]
-    if isinstance(options.method, GrpoArguments):
-        samples = Samples.of(options)
+    samples = Samples.of(options) if isinstance(options.method, GrpoArguments) else None
+    if samples:
         size, with_source = samples.forward_rows, samples.edits
         if options.method.beta:
             held.append(replace(gradients, name="reference"))
@@ -235,11 +264,11 @@ def estimate_memory(options: Options, method) -> str:
             f"{' and '.join(f'{part.name} ({part.bytes / GIB:.3f})' for part in drawn)}. "
             "Under FSDP2 the weights are whole meanwhile.\n"
         )
-    used = activations(model, size, autocast, training.activation_checkpointing, with_source)
+    used = activations(model, size, autocast, training.activation_checkpointing, with_source, stream)
     frozen = sum(part.bytes for part in held if part.name == family.tokenizer_part)
     sliced = (sum(part.bytes for part in held) - frozen) / 8 + frozen + sum(part.bytes for part in used)
     return (
-        f"{options.model.base_model}: estimate for one device, {size} {'row' if notes else 'record'}(s) at a time, "
+        f"{options.model.base_model}: estimate for one device, {size} {'row' if samples else 'record'}(s) at a time, "
         f"activation checkpointing {'on' if training.activation_checkpointing else 'off'}\n\n{table(held + used)}\n"
         f"{notes}"
         f"With weights, gradients and states in slices over 8 devices (FSDP2, ZeRO 3): {sliced / GIB:.2f} GiB "
