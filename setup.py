@@ -28,7 +28,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["thinkclearly", "thinkclearly.*"]),
-    package_data={"thinkclearly": ["py.typed", "photographs/*", "tiny_janus/*", "tiny_clear/*"]},
+    package_data={"thinkclearly": ["py.typed", "photographs/*", "tiny_janus/*", "tiny_clear/*", "tiny_chameleon/*"]},
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.10",
@@ -51,7 +51,7 @@ setup(
         "transformers>=5.23",
     ],
     extras_require={
-        # What the tests, the linter and scripts/make_tiny_janus need.
+        # What the tests, the linter and scripts/make_tiny_* need.
         "test": [
             "bitsandbytes>=0.48; sys_platform == 'linux'",
             "hypothesis>=6.100",

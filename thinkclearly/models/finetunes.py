@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 
 from thinkclearly.models.adapter_config import matching_modules, read_adapter_config
-from thinkclearly.models.folder import TINY, resolve
+from thinkclearly.models.folder import BY_NAME, TINY, resolve
 from thinkclearly.models.instruction_head import (
     CONFIG_FILE,
     ClearConfig,
@@ -172,7 +172,7 @@ def load_any(
             )
         return load_base(str(base), weights=name, **kwargs)
     hub = {name: kwargs.get(name) for name in ("revision", "token")}
-    directory = None if name == "tiny" else resolve(name, **hub)
+    directory = None if name in BY_NAME else resolve(name, **hub)
     finetuned = directory and ((directory / CONFIG_FILE).is_file() or is_original_finetune(directory))
     if finetuned or (directory and not (directory / "config.json").is_file()):
         return load_clear_model(name, base=base, merge=True, **kwargs)

@@ -13,7 +13,8 @@ from thinkclearly.models.janus import deepseek
 
 logger = logging.getLogger(__name__)
 
-TINY = Path(__file__).parents[1] / "tiny_janus"  # ships with this package
+TINY = Path(__file__).parents[1] / "tiny_janus"
+BY_NAME = {"tiny": TINY, "tiny_chameleon": TINY.parent / "tiny_chameleon"}  # bases that ship with this package
 FAMILIES = {  # by the `model_type` of their configs
     "janus": "Janus in transformers' layout",
     "multi_modality": "DeepSeek's Janus, Janus-Pro, Janus-4o",

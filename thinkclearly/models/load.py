@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from thinkclearly.models.chameleon.checkpoint import check_vocabulary, empty_chameleon, load_chameleon
 from thinkclearly.models.chameleon.model import Chameleon
 from thinkclearly.models.chameleon.processor import ChameleonProcessor
-from thinkclearly.models.folder import TINY, read_family, read_model_config
+from thinkclearly.models.folder import BY_NAME, read_family, read_model_config
 from thinkclearly.models.janus.checkpoint import load_janus
 from thinkclearly.models.janus.meta import empty_janus
 from thinkclearly.models.janus.model import Janus
@@ -46,14 +46,14 @@ def load_checkpoint(
     """Loads a checkpoint of Janus (transformers' or DeepSeek's layout) or Chameleon with its processor.
 
     Args:
-        name_or_path: folder or Hub id; "tiny" is the model that ships with this package.
+        name_or_path: folder or Hub id; "tiny" (a Janus) and "tiny_chameleon" ship with this package.
         kwargs: `dtype`, `device`, `attn_implementation`, `device_map`, `quantization_config`, `weights`; see
             `load_janus` and `load_chameleon`.
 
     Raises:
         FileNotFoundError, ValueError: as these two, or the processor is for pictures of another size.
     """
-    path = str(TINY) if name_or_path == "tiny" else str(name_or_path)
+    path = str(BY_NAME.get(str(name_or_path), name_or_path))
     # Read first: another family is named before its tokenizer is found wanting.
     hub = {"revision": revision, "token": token}
     _, config = read_model_config(path, **hub)
@@ -86,7 +86,7 @@ def load_empty(name_or_path: str, revision: str | None = None) -> PreTrainedMode
     Raises:
         FileNotFoundError: no config there. ValueError: not one of our families.
     """
-    folder = TINY if name_or_path == "tiny" else Path(name_or_path)
+    folder = Path(BY_NAME.get(str(name_or_path), name_or_path))
     if not folder.is_dir():
         try:
             folder = Path(hf_hub_download(str(name_or_path), "config.json", revision=revision)).parent
