@@ -40,7 +40,7 @@ COMMON = {
     "per_device_train_batch_size": 16,
     "learning_rate": 3e-4,
     "lr_scheduler_type": "linear",
-    "max_steps": 200,
+    "max_steps": 150,
     "drop_all": 0.1,
     "logging_steps": 10,
     "eval_strategy": "no",
@@ -52,19 +52,19 @@ SETTINGS = ThoughtSettings(guidance_kind="normal", full_scale=2.0, pictures_scal
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train."""
+    """One way to train, and which measurements are left out."""
 
     name: str
     options: dict = field(default_factory=dict)
+    left_out: set = frozenset({"clear"})
 
 
 ARMS = [
     Arm("cross-entropy", {"reconstruction_weight": 0}),
     Arm("reconstruction, next", {"reconstruction_weight": 1, "reconstruction_at": "next"}),
     Arm("reconstruction, own", {"reconstruction_weight": 1, "reconstruction_at": "own"}),
-    Arm("CLEAR", {"reconstruction_weight": 0, "instructions": ["CLEAR"]}),
+    Arm("CLEAR", {"reconstruction_weight": 0, "instructions": ["CLEAR"]}, left_out={"thinking", "matters"}),
 ]
-CLEAR = ARMS[-1]
 
 
 def directory(work: Path, arm: Arm, seed: int) -> Path:
@@ -84,30 +84,32 @@ def teach(work: Path, arm: Arm, seed: int) -> Path:
 
 
 def measure_thinking(name: str, count: int) -> dict:
-    """Drawing at once, critiques and sub-goals on the same prompts; what the thought is worth."""
+    """Drawing at once, critiques and sub-goals on the same prompts."""
     model, processor = load_any(name)
     prompts, several = measure.held_out("critique", count), measure.held_out("subgoals", count)
-    thoughts, critique = measure.critiques(model, processor, prompts, SETTINGS)
     return {
         "at once": measure.share(measure.drawing_at_once(model, processor, prompts, SETTINGS)),
-        "critique": critique,
-        "matters": measure.interventions(model, processor, prompts, SETTINGS, thoughts),
+        "critique": measure.critiques(model, processor, prompts, SETTINGS)[1],
         "at once, several": measure.share(measure.drawing_at_once(model, processor, several, SETTINGS)),
         "subgoals": measure.subgoals(model, processor, several, SETTINGS),
     }
 
 
+def measure_matters(name: str, count: int) -> dict:
+    """What the last picture loses by another first picture or other words."""
+    model, processor = load_any(name)
+    prompts = measure.held_out("critique", count)
+    thoughts, _ = measure.critiques(model, processor, prompts, SETTINGS)
+    return measure.interventions(model, processor, prompts, SETTINGS, thoughts)
+
+
 def measure_clear(name: str, count: int) -> dict:
-    """Second pictures by CLEAR, by the first picture as a draft alone, from the row above, and one code a pass."""
+    """Second pictures with the first as source (CLEAR) or draft, and drawn like the first."""
     model, processor = load_any(name)
     prompts, found = measure.held_out("critique", count), {}
-    ways = {"row above": {"second": "draw"}, "one by one": {"second": "draw", "block": 1}}
-    if len(model.vocabulary):
-        ways = {"CLEAR": {}, **ways}
-    else:
-        ways = {"first picture as draft": {}, **ways}
-    for way, options in ways.items():
-        settings = replace(SETTINGS, **{"block": 64, **options})
+    first = "CLEAR" if len(model.vocabulary) else "first picture as draft"
+    for way, second in ((first, "edit"), ("drawn like the first", "draw")):
+        settings = replace(SETTINGS, block=64, second=second)
         found[way] = measure.second_thoughts(model, processor, prompts, settings)
     return found
 
@@ -148,9 +150,10 @@ def write_report(found: dict, arguments: argparse.Namespace) -> None:
             goals.append(
                 [*name, *percent(one["at once, several"], one["subgoals"]["last"], one["subgoals"]["all pictures"])]
             )
+        if "matters" in row:
             if len(matters) == 1:
-                matters[0] += list(one["matters"])
-            matters.append([*name, *percent(*one["matters"].values())])
+                matters[0] += list(row["matters"])
+            matters.append([*name, *percent(*row["matters"].values())])
         for way, one in row.get("clear", {}).items():
             cells = [*name, way, *percent(one["first"], one["last"]), f"{one['passes']:.1f}"]
             names = ("right patches kept", "right pictures kept whole", "copied by CLEAR")
@@ -187,7 +190,7 @@ The last picture, drawn after a first picture and words that are its own or thos
 
 ## Second thoughts with CLEAR
 
-Blocks of 64 codes. "Right patches" of the first picture have the wanted colours already; they are kept where the
+Blocks of 64 codes; one code a pass takes 64 passes. "Right patches" of the first picture have the wanted colours already; they are kept where the
 second picture has the same codes.
 
 {table(clear)}
@@ -209,17 +212,17 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     found = {"machine": machine(), "rows": [], "not_measured": []}
     found["tokenizer"] = kept(work / "measured" / "tokenizer.json", measure_tokenizer, count)
-    arms = [(Arm("shipped"), "–", None)] + [(arm, seed, directory(work, arm, seed)) for arm in ARMS for seed in SEEDS]
+    arms = [(Arm("shipped", left_out=set()), "–", None)] + [
+        (arm, seed, directory(work, arm, seed)) for arm in ARMS for seed in SEEDS
+    ]
     for arm, seed, output in arms:
         label = output.name if output else "shipped"
         if arguments.only and not any(word in label for word in arguments.only):
             continue
         row = {"name": arm.name, "seed": str(seed)}
-        kinds = {"thinking": measure_thinking, "clear": measure_clear}
-        if arm is CLEAR:
-            del kinds["thinking"]
-        elif arm is not ARMS[0]:
-            del kinds["clear"]
+        kinds = {"thinking": measure_thinking, "matters": measure_matters, "clear": measure_clear}
+        for kind in arm.left_out | ({"matters"} if seed == SEEDS[1] else set()):
+            kinds.pop(kind, None)
         for kind, what in kinds.items():
             path = work / "measured" / f"{label}-{kind}.json"
             if arguments.so_far and not path.is_file():
