@@ -184,14 +184,15 @@ which {found["thoughts"]["wrong"]} have a mistake, with {OTHERS} sub-goals and {
 
 ## Does the thought matter?
 
-The last picture, drawn after a first picture and words that are its own or those of the next prompt.
+The last picture, drawn after a first picture and words that are its own, those of the next prompt, or words of the
+generator, which knows what is wrong.
 
 {table(matters)}
 
 ## Second thoughts with CLEAR
 
-Blocks of 64 codes; one code a pass takes 64 passes. "Right patches" of the first picture have the wanted colours already; they are kept where the
-second picture has the same codes.
+Blocks of 64 codes; one code a pass takes 64 passes. "Right patches" of the first picture have the wanted colours
+already; they are kept where the second picture has the same codes.
 
 {table(clear)}
 """

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from thinkclearly.data.shape_critic import critique_of, read_scene
 from thinkclearly.data.shape_score import is_shown
 from thinkclearly.data.shapes import Scene, nearest_colour
 from thinkclearly.data.thoughts import thought_rows
@@ -124,25 +125,30 @@ def subgoals(model, processor, prompts, settings: ThoughtSettings) -> dict:
 
 
 def interventions(model, processor, prompts, settings: ThoughtSettings, found: list[Found]) -> dict[str, float]:
-    """Share of last pictures that are right where the first picture, or the words, are another prompt's."""
+    """Share of last pictures that are right where the first picture, or the words, are not the thought's own.
+
+    Others' are the next thought's; the judge's words are those of the generator, which knows what is wrong.
+    """
+    scenes, others = [scene for _, scene in prompts], found[1:] + found[:1]
+    own = [one.said[0] if one.said else [] for one in found]
+    strange = [one.said[0] if one.said else [] for one in others]
+    drawn = draw_pictures(model, [one.pictures[0] for one in found])
+    told = [critique_of(read_scene(p), s, np.random.default_rng(k)) for k, (p, s) in enumerate(zip(drawn, scenes))]
+    judged = [processor.encode_words(text, bos=False) for text in told]
     settings = replace(settings, max_pictures=1)
-    starts, scenes = [context(processor, prompt, settings) for prompt, _ in prompts], [s for _, s in prompts]
-    shifted = range(1, len(found) + 1)  # the next thought's
+    starts = [context(processor, prompt, settings) for prompt, _ in prompts]
     result = {}
-    for name, pictures_of, words_of in (
-        ("own picture, own words", range(len(found)), range(len(found))),
-        ("another's picture, own words", shifted, range(len(found))),
-        ("own picture, another's words", range(len(found)), shifted),
-        ("another's picture and words", shifted, shifted),
+    for name, pictures, words in (
+        ("own picture, own words", found, own),
+        ("another's picture, own words", others, own),
+        ("own picture, another's words", found, strange),
+        ("another's picture and words", others, strange),
+        ("own picture, the judge's words", found, judged),
     ):
         contexts = []
-        for start, p, w in zip(starts, pictures_of, words_of):
-            picture, words = (
-                found[p % len(found)].pictures[0],
-                [i for ids in found[w % len(found)].said[:1] for i in ids],
-            )
-            ids = [*start.ids, *processor.picture_ids(picture)[1:], *words, processor.boi_id]
-            contexts.append(Context(ids, start.prompt_ids))
+        for start, one, ids in zip(starts, pictures, words):
+            picture = processor.picture_ids(one.pictures[0])[1:]
+            contexts.append(Context([*start.ids, *picture, *ids, processor.boi_id], start.prompt_ids))
         again = think(model, processor, contexts, settings)
         result[name] = share(shown(model, [one.pictures[0] for one in again], scenes))
     return result
