@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from thinkclearly.data.shape_critic import critique_of, mistakes, put_right, read_scene
+from thinkclearly.data.shape_critic import badly_drawn, critique_of, mistakes, put_right, read_scene
 from thinkclearly.data.shape_score import is_shown
 from thinkclearly.data.shapes import PALETTE, Background, Scene, Shape
 from thinkclearly.data.thoughts import NOTHING_WRONG, critique
@@ -43,7 +43,7 @@ def test_each_mistake_is_said_and_put_right(shapes, ground, said):
     picture = found.render(64)
     sentences = mistakes(read_scene(picture), wanted, np.random.default_rng(0))
     assert len(sentences) == len(said)
-    text = critique_of(read_scene(picture), wanted, np.random.default_rng(0))
+    text = critique_of(picture, read_scene(picture), wanted, np.random.default_rng(0))
     assert (text in NOTHING_WRONG) == (not said)
     for kind, sentence in zip(said, sentences):
         assert {"background": "white", "extra": "green"}.get(kind, "red") in sentence or kind == "colour"
@@ -59,6 +59,21 @@ def test_what_is_right_stays_as_it_is():
     assert right <= 22 and bottom <= 22
     right_already = put_right(picture, read_scene(picture), Scene(WHITE, (CUBE,)))
     assert right_already.tobytes() == picture.tobytes()
+
+
+def test_a_shape_that_is_there_and_badly_drawn_is_named_and_drawn_anew():
+    wanted = Scene(WHITE, (STAR, CUBE))
+    pixels = np.array(wanted.render(64))
+    star = (pixels == PALETTE["red"]).all(-1)
+    star[::2] = False
+    pixels[star] = PALETTE["green"]  # every other row
+    picture = Image.fromarray(pixels)
+    found = read_scene(picture)
+    assert names(found) == names(wanted) and not is_shown(picture, wanted)
+    assert badly_drawn(picture, found, wanted) == [STAR]
+    text = critique_of(picture, found, wanted, np.random.default_rng(1))
+    assert "star" in text and "square" not in text
+    assert is_shown(put_right(picture, found, wanted), wanted)
 
 
 def test_an_empty_picture_has_no_shapes():

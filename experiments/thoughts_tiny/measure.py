@@ -133,7 +133,7 @@ def interventions(model, processor, prompts, settings: ThoughtSettings, found: l
     own = [one.said[0] if one.said else [] for one in found]
     strange = [one.said[0] if one.said else [] for one in others]
     drawn = draw_pictures(model, [one.pictures[0] for one in found])
-    told = [critique_of(read_scene(p), s, np.random.default_rng(k)) for k, (p, s) in enumerate(zip(drawn, scenes))]
+    told = [critique_of(p, read_scene(p), s, np.random.default_rng(k)) for k, (p, s) in enumerate(zip(drawn, scenes))]
     judged = [processor.encode_words(text, bos=False) for text in told]
     settings = replace(settings, max_pictures=1)
     starts = [context(processor, prompt, settings) for prompt, _ in prompts]

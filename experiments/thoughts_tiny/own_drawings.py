@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from experiments.thoughts_tiny.measure import think
-from thinkclearly.data.shape_critic import critique_of, mistakes, put_right, read_scene
+from thinkclearly.data.shape_critic import critique_of, put_right, read_scene
 from thinkclearly.data.shape_score import is_shown
 from thinkclearly.data.shapes import Scene
-from thinkclearly.data.thoughts import IMAGE, thought_rows
+from thinkclearly.data.thoughts import IMAGE, NOTHING_WRONG, thought_rows
 from thinkclearly.decoding.interleaved import context
 from thinkclearly.decoding.thought_settings import ThoughtSettings
 from thinkclearly.files import replacing
@@ -61,14 +61,14 @@ def _own_critiques(name: str, folder: Path, settings: ThoughtSettings, count: in
     for k, (row, thought) in enumerate(zip(rows, found)):
         scene, rng = Scene.from_json(row["scene"]), np.random.default_rng((SEED, k))
         (picture,) = to_pictures(model, torch.tensor(thought.pictures[:1]))
-        read = read_scene(picture)
-        wrong = bool(mistakes(read, scene, rng))
-        if wrong == is_shown(picture, scene):
+        read, wrong = read_scene(picture), not is_shown(picture, scene)
+        text = critique_of(picture, read, scene, rng)
+        if wrong == (text in NOTHING_WRONG):
             continue
         files = [f"images/own-{k}-{n}.png" for n in range(2)]
         for file, image in zip(files, (picture, put_right(picture, read, scene))):
             image.save(folder / file)
-        response = f"{IMAGE}{critique_of(read, scene, rng)}{IMAGE}"
+        response = f"{IMAGE}{text}{IMAGE}"
         lines.append(_line("critique", row["prompt"], response, files, [-1, 0], row["scene"]) | {"wrong": wrong})
     return lines
 

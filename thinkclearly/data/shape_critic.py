@@ -12,10 +12,14 @@ import numpy as np
 from PIL import Image
 
 from thinkclearly.data.shape_score import TOLERANCE
-from thinkclearly.data.shapes import PALETTE, PLACES, SHAPES, Background, Scene, Shape, article, nearest_colour
+from thinkclearly.data.shapes import PALETTE, PLACES, SHAPES, Background, Scene, Shape, article, nearest_colour, shows
 from thinkclearly.data.thoughts import NOTHING_WRONG, WORDINGS
 
 RADIUS = 0.145  # of the generator's shapes, on average
+BADLY_DRAWN = (
+    "The {colour} {shape} at the {place} is not well drawn.",
+    "The {shape} at the {place} does not look like a {shape}.",
+)
 
 
 def read_scene(picture: Image.Image) -> Scene:
@@ -81,13 +85,21 @@ def mistakes(found: Scene, wanted: Scene, rng: np.random.Generator) -> list[str]
     if found.background.name != wanted.background.name:
         new = wanted.background.name
         said.append(("background", {"was": found.background.name, "new": new, "a_new": article(new)}))
-    return [WORDINGS[kind][int(rng.integers(len(WORDINGS[kind])))].format(**words) for kind, words in said]
+    return [_pick(rng, WORDINGS[kind]).format(**words) for kind, words in said]
 
 
-def critique_of(found: Scene, wanted: Scene, rng: np.random.Generator) -> str:
-    """The mistakes as one text, or that there are none."""
+def badly_drawn(picture: Image.Image, found: Scene, wanted: Scene) -> list[Shape]:
+    """Wanted shapes that are there in name, colour and place, and that the judge still does not take for drawn."""
+    pixels = np.asarray(picture.convert("RGB"))
+    return [shape for shape in wanted.shapes if _like(shape, found.shapes) and not shows(pixels, shape, wanted)]
+
+
+def critique_of(picture: Image.Image, found: Scene, wanted: Scene, rng: np.random.Generator) -> str:
+    """What is wrong, the mistakes first, then what is badly drawn; or that nothing is."""
     said = mistakes(found, wanted, rng)
-    return " ".join(said) or NOTHING_WRONG[int(rng.integers(len(NOTHING_WRONG)))]
+    for shape in badly_drawn(picture, found, wanted):
+        said.append(_pick(rng, BADLY_DRAWN).format(shape=shape.name, colour=shape.colour, place=shape.place))
+    return " ".join(said) or _pick(rng, NOTHING_WRONG)
 
 
 def put_right(picture: Image.Image, found: Scene, wanted: Scene) -> Image.Image:
@@ -97,12 +109,16 @@ def put_right(picture: Image.Image, found: Scene, wanted: Scene) -> Image.Image:
     result = picture.convert("RGB")
     right = wanted.render(*picture.size)
     wrong = [s for s in found.shapes if not _like(s, wanted.shapes)]
-    wrong += [s for s in wanted.shapes if not _like(s, found.shapes)]
+    wrong += [s for s in wanted.shapes if not _like(s, found.shapes)] + badly_drawn(picture, found, wanted)
     for place in {PLACES.index(shape.place) for shape in wrong}:
         row, column = divmod(place, 3)
         box = [round(n * side / 3) for n, side in zip((column, row, column + 1, row + 1), picture.size * 2)]
         result.paste(right.crop(box), box[:2])
     return result
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[int(rng.integers(len(options)))]
 
 
 def _like(shape: Shape, others: tuple[Shape, ...]) -> bool:
