@@ -152,3 +152,9 @@ def test_edits_become_critiques(own_cache):
     bad = datasets.Dataset.from_list([{**rows[0], "instruction": " "}], features=sources.FEATURES)
     with pytest.raises(BadRecord, match="the instruction is empty"):
         from_edits(bad)
+
+
+def test_prompts_may_ask_for_a_number_of_shapes():
+    rows = thought_rows("critique", 6, shapes=(3, 4))
+    assert [len(Scene.from_json(row["scene"]).shapes) for row in rows] == [3, 4] * 3
+    assert [len(Scene.from_json(row["scene"]).shapes) for row in thought_rows("general", 2, shapes=(5,))] == [5, 5]

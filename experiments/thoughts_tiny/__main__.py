@@ -46,7 +46,7 @@ COMMON = {
     "eval_strategy": "no",
     "save_steps": 50,
 }
-# One row: with guidance the tiny model draws too well to have much left to mend. The presets' scales are for 7B models.
+# One row, as it is trained. The presets' scales are for 7B models.
 SETTINGS = ThoughtSettings(guidance_kind="normal", full_scale=1.0, pictures_scale=0.0, picture_top_k=0)
 
 
@@ -161,8 +161,8 @@ def write_report(found: dict, arguments: argparse.Namespace) -> None:
     tokenizer = found["tokenizer"]
     text = f"""# Thinking with generated images on the tiny Chameleon
 
-`python -m experiments.thoughts_tiny --count {arguments.count}`: {arguments.count} held-out prompts of one to three
-shapes on a plain background, temperature 1 for words and codes, one row (no guidance). The
+`python -m experiments.thoughts_tiny --count {arguments.count}`: {arguments.count} held-out prompts of three or
+four shapes on a plain background, temperature 1 for words and codes, one row (no guidance). The
 generator judges: every shape in colour, place and outline, the background, and nothing else. True scenes through the
 tokenizer pass in {100 * tokenizer["ceiling"]:.1f} %, another prompt's true scene in
 {100 * tokenizer["another prompt's picture"]:.1f} %. Machine: {found["machine"]}, shared with other work. Two standard

@@ -24,6 +24,7 @@ from thinkclearly.models.instruction_head import InstructionModel
 
 SEED = 900  # of the prompts and of all noise
 BATCH = 50  # thoughts at once
+SHAPES = (3, 4)  # of a prompt: with fewer the model draws too well to have much left to mend
 RIGHT = 0.9  # share of a patch's pixels that have the wanted colour, from which on the patch is right
 
 
@@ -45,8 +46,8 @@ class Found:
 
 
 def held_out(mode: str, count: int) -> list[tuple[str, Scene]]:
-    """Prompts and true scenes that no training saw."""
-    rows = thought_rows(mode, count, "test", seed=SEED)
+    """Prompts and true scenes that no training saw; of `SHAPES`, or of two and three for sub-goals."""
+    rows = thought_rows(mode, count, "test", seed=SEED, shapes=() if mode == "subgoals" else SHAPES)
     return [(row["prompt"], Scene.from_json(row["scene"])) for row in rows]
 
 

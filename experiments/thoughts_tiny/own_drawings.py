@@ -24,7 +24,7 @@ from thinkclearly.generation.draw import to_pictures
 from thinkclearly.models.chameleon.processor import TEMPLATES
 from thinkclearly.models.finetunes import load_any
 
-SEED = 77
+SEED, SHAPES = 77, (2, 3, 4)
 
 
 def write_thoughts(name: str, folder: Path, settings: ThoughtSettings, critiques: int, others: int) -> Path:
@@ -40,7 +40,8 @@ def write_thoughts(name: str, folder: Path, settings: ThoughtSettings, critiques
     lines, counts = _own_critiques(name, folder, settings, critiques), {}
     counts["critiques"], counts["wrong"] = len(lines), sum(line.pop("wrong") for line in lines)
     for mode in ("subgoals", "general"):
-        for number, row in enumerate(thought_rows(mode, others, "train", seed=SEED)):
+        shapes = () if mode == "subgoals" else SHAPES
+        for number, row in enumerate(thought_rows(mode, others, "train", seed=SEED, shapes=shapes)):
             files = [f"images/{mode}-{number}-{k}.png" for k in range(len(row["images"]))]
             for file, image in zip(files, row["images"]):
                 (folder / file).write_bytes(image["bytes"])
@@ -54,7 +55,7 @@ def write_thoughts(name: str, folder: Path, settings: ThoughtSettings, critiques
 
 def _own_critiques(name: str, folder: Path, settings: ThoughtSettings, count: int) -> list[dict]:
     model, processor = load_any(name)
-    rows = thought_rows("critique", count, "train", seed=SEED)
+    rows = thought_rows("critique", count, "train", seed=SEED, shapes=SHAPES)
     settings = replace(settings, mode="critique", max_pictures=1)
     found = think(model, processor, [context(processor, row["prompt"], settings) for row in rows], settings)
     lines = []

@@ -7,7 +7,7 @@ always the same thought. Knows nothing of tokens or models.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import datasets
@@ -108,15 +108,16 @@ class Thought:
         return "".join(IMAGE if isinstance(part, Scene) else part for part in self.parts)
 
 
-def critique(seed: int, index: int, wrong: float = 0.5) -> Thought:
+def critique(seed: int, index: int, wrong: float = 0.5, shapes: int | None = None) -> Thought:
     """A picture, what is wrong with it, and the right one, which is the first where nothing is.
 
     Args:
         wrong: how often the first picture has a mistake: a shape in another colour, outline or place, one missing, one
             too many, or another background; `TWO_MISTAKES` of the wrong ones have two.
+        shapes: how many the prompt asks for; one to three if not given.
     """
     rng = np.random.default_rng((seed, index))
-    scene = _wanted(rng, index)
+    scene = _wanted(rng, index, shapes)
     if rng.random() >= wrong:
         return Thought(scene.caption(), (scene, _pick(rng, NOTHING_WRONG), scene), (-1, 0))
     found, words = _with_mistakes(scene, 2 if rng.random() < TWO_MISTAKES else 1, rng)
@@ -139,9 +140,9 @@ def subgoals(seed: int, index: int) -> Thought:
     return Thought(scene.caption(), (*parts, _pick(rng, STEPS["last"]), scene), (-1,) * (count + 1))
 
 
-def direct(seed: int, index: int) -> Thought:
+def direct(seed: int, index: int, shapes: int | None = None) -> Thought:
     """The picture at once, without words."""
-    scene = _wanted(np.random.default_rng((seed, index)), index)
+    scene = _wanted(np.random.default_rng((seed, index)), index, shapes)
     return Thought(scene.caption(), (scene,), (-1,))
 
 
@@ -149,7 +150,13 @@ MAKERS: dict[str, Callable[..., Thought]] = {"critique": critique, "subgoals": s
 
 
 def thought_rows(
-    mode: str, count: int, split: str = "train", seed: int = 0, size: int = 64, wrong: float = 0.5
+    mode: str,
+    count: int,
+    split: str = "train",
+    seed: int = 0,
+    size: int = 64,
+    wrong: float = 0.5,
+    shapes: Sequence[int] = (),
 ) -> datasets.Dataset:
     """`count` thoughts of the built-in shapes, with their pictures.
 
@@ -158,6 +165,7 @@ def thought_rows(
         split: "train", "calibration" and "test" share neither numbers nor prompts, whatever their seeds.
         size: side of the square pictures, pixels.
         wrong: of `critique`.
+        shapes: how many the prompts of `critique` and `direct` ask for, in turn; one to three if not given.
 
     Returns:
         `THOUGHTS`; a key is `MODE[SEED:NUMBER]`, `scene` is the last picture's, and the prompt is the caption alone.
@@ -170,7 +178,11 @@ def thought_rows(
         raise ValueError(f"thought_rows: mode={mode!r}, split={split!r}, count={count}; expected {known}.")
     options = {"wrong": wrong} if mode == "critique" else {}
     numbers = range(OFFSETS[split], OFFSETS[split] + count)
-    rows = [_row(f"{mode}[{seed}:{number}]", MAKERS[mode](seed, number, **options), size) for number in numbers]
+    rows = []
+    for number in numbers:
+        if shapes:
+            options["shapes"] = shapes[number % len(shapes)]
+        rows.append(_row(f"{mode}[{seed}:{number}]", MAKERS[mode](seed, number, **options), size))
     return datasets.Dataset.from_list(rows, features=THOUGHTS)
 
 
