@@ -24,7 +24,14 @@ from thinkclearly.training import memory, setup
 @pytest.fixture(scope="module")
 def common(chameleon, tmp_path_factory):
     options = {"base_model": chameleon, "prepared_dir": tmp_path_factory.mktemp("prepared"), "max_steps": 2}
-    options |= {"lora_r": 4, "learning_rate": 1e-2, "logging_steps": 1, "eval_strategy": "no", "use_cpu": "true"}
+    options |= {
+        "lora_r": 4,
+        "lora_dropout": 0.0,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "use_cpu": "true",
+    }
     return options | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "save_strategy": "no"}
 
 
@@ -119,6 +126,19 @@ def test_where_the_source_is_not_shown_plain_codes_are_the_labels(chameleon):
         batch = Collator(processor, InstructionVocabulary(k), Dropout(*drop))([row])
         assert (batch["labels"] == labels).all() and "pixel_values" not in batch
         assert (batch["known_slots"] >= 0).any() == (drop == (0.0, 0.0))
+
+
+@pytest.mark.parametrize("task", ["draw", "edit"])
+def test_rewards_are_learnt_from_and_samples_are_scored_as_drawn(clear, chameleon, tmp_path, task):
+    options = {"method": "grpo", "base_model": chameleon, "use_cpu": "true", "shapes_size": 64, "cfg_weight": 2.0}
+    options |= {"task": "edit", "adapter": clear, "limit": 4} if task == "edit" else {"source": "shapes", "lora_r": 4}
+    options |= {"per_device_train_batch_size": 1, "num_generations": 2, "max_steps": 1, "logging_steps": 1}
+    options |= {"temperature": 1.0, "eval_samples": 2, "eval_strategy": "no", "save_strategy": "no"}
+    if task == "draw":
+        options |= {"truth_steps": [0], "truth_shares": [0]}
+    folder = train(options, tmp_path / "grpo")
+    (step,) = (log for log in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in log)
+    assert 0 <= step["logp_difference"] < 1e-4 and np.isfinite(step["grad_norm"])
 
 
 def test_full_fine_tuning_learns_everything_but_the_image_tokenizer(records, chameleon, tmp_path):
