@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,15 @@ def test_the_folder_that_training_leaves_has_a_card_without_a_path(run):
     (run / "README.md").write_text("---\n: broken\n---\nMine.\n")
     write_card(run)
     assert "Mine." in (run / "README.md").read_text()
+
+
+def test_a_model_that_thinks_is_used_by_thinking(run):
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"method": "interleaved", "source": "thoughts", "path": LEFT_OUT}))
+    text = card_of(run).text
+    assert "Thinks in words and pictures" in text and "private data (thoughts)" in text and "<CLEAR>" in text
+    assert 'load_model("you/edit")\nfor part in model.think(' in text and "pipeline(" not in text
+    write_clear_config(replace(read_clear_config(run), instructions=[]), run)
+    assert "<CLEAR>" not in card_of(run).text
 
 
 def test_it_does_not_name_a_package_that_is_not_ours(run):

@@ -106,10 +106,11 @@ def model_card(
         own.data["base_model"] = base_model
         return own
     known = read_clear_config(directory).instructions if (directory / CONFIG_FILE).is_file() else [CLEAR]
-    parts = [MARK, f"# {title}", _about(base_model, family, data, step_of(directory), bool(known))]
+    thinks = recipe.get("method") == "interleaved"
+    parts = [MARK, f"# {title}", _about(base_model, family, data, step_of(directory), bool(known), thinks)]
     others = [name for name in known if name != CLEAR]
     parts += [_further(others)] if others else []
-    parts.append(_usage(repo_id, EDIT if known else DRAW))
+    parts.append(_usage(repo_id, THINK if thinks else EDIT if known else DRAW))
     if base_model is None and is_adapter and recipe.get("base_model") == LEFT_OUT:
         parts.append(
             "The base model was a folder on the machine that trained, so it is not named here. "
@@ -229,7 +230,7 @@ def _users_card(directory: Path) -> Path | None:
     return None
 
 
-def _about(base_model: str | None, family: str, data: str, step: int | None, copies: bool) -> str:
+def _about(base_model: str | None, family: str, data: str, step: int | None, copies: bool, thinks: bool) -> str:
     base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"a {family.capitalize()} model"
     clear = (
         f"Edits pictures by instruction: {base}, fine-tuned on {data} to say `<CLEAR>` wherever the source should "
@@ -239,7 +240,11 @@ def _about(base_model: str | None, family: str, data: str, step: int | None, cop
         f"Draws pictures, edits them and answers questions about them: {base}, fine-tuned on {data}. It has no "
         "instruction tokens: an edit draws the whole picture anew."
     )
-    return (clear if copies else plain) + (f" These are the weights after step {step}." if step is not None else "")
+    thinking = f"Thinks in words and pictures that alternate: {base}, fine-tuned on {data}."
+    if copies:
+        thinking += " A picture that edits an earlier one says `<CLEAR>` where that one stays, patch by patch."
+    about = thinking if thinks else clear if copies else plain
+    return about + (f" These are the weights after step {step}." if step is not None else "")
 
 
 def _further(names: list[str]) -> str:
@@ -260,6 +265,11 @@ result["image"].save("edited.png")
 ```
 
 `result` also has `mask`, `raw`, `token_composite`, `class_ids` and `clear_fraction`."""
+THINK = """
+model = thinkclearly.load_model("{name}")
+for part in model.think("a red circle at the left and a blue star at the top on a white background"):
+    ...  # words have .text, pictures have .image
+```"""
 DRAW = """
 model = thinkclearly.load_model("{name}")
 model.generate("a red circle on a blue background")[0].save("drawn.png")
