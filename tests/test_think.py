@@ -20,6 +20,7 @@ from thinkclearly.images import patch_difference
 from thinkclearly.models.finetunes import TINY_CLEAR
 
 ROOT = GOLDEN_ROOT / "chameleon_tiny"
+LONG = 480
 pytestmark = [pytest.mark.golden, pytest.mark.skipif(not ROOT.is_dir(), reason=f"{GOLDEN_ROOT} has no such set")]
 PROMPT = "A red circle on a blue background."
 MODES = {"image_critique": "critique", "object_thoughts": "subgoals", "general": "general"}
@@ -72,11 +73,11 @@ def test_a_greedy_thought_is_the_originals_in_words_and_pictures(chameleon, runs
 
 
 def test_words_and_pictures_come_one_by_one_and_the_end_last(chameleon):
-    settings = ThoughtSettings(max_length=480)
+    settings = ThoughtSettings(max_length=LONG)
     parts = [part for _, part in think(chameleon, [PROMPT], settings, samples=[(3, 0)])]
     assert isinstance(parts[0], Picture) and isinstance(parts[-1], Ended)
     assert parts[-1].ids[-1] == chameleon.processor.eoi_id or parts[-1].reason != "max_pictures"
-    stream = chameleon.think(PROMPT, max_length=480, seed=3)
+    stream = chameleon.think(PROMPT, max_length=LONG, seed=3)
     first = next(stream)
     assert first.codes == parts[0].codes and first.changed is None and first.clear is None and first.passes > 0
     thought, again = Thought([first, *stream]), Thought(parts[:-1])
@@ -85,7 +86,7 @@ def test_words_and_pictures_come_one_by_one_and_the_end_last(chameleon):
 
 
 def test_a_thought_does_not_depend_on_what_is_thought_beside_it(chameleon):
-    settings = ThoughtSettings(mode="subgoals", max_length=480)
+    settings = ThoughtSettings(mode="subgoals", max_length=LONG)
     prompts, samples = [PROMPT, "A kite.", "A boat."], [(5, 4), (5, 7), (6, 7)]
     together = dict(whole(think(chameleon, prompts, settings, samples=samples)))
     assert sorted(together) == [0, 1, 2]
@@ -95,9 +96,10 @@ def test_a_thought_does_not_depend_on_what_is_thought_beside_it(chameleon):
         assert together[number].ids == alone.ids and together[number].ended == alone.ended
 
 
-def test_what_changed_is_told_by_pixels(chameleon):
-    thought = Thought(list(chameleon.think(PROMPT, max_length=480)))
-    before, after = thought.pictures[:2]
+def test_what_changed_is_told_by_pixels(chameleon, runs):
+    options = {"preset": "code", "second": "draw", "temperature": 0.0, "picture_temperature": 0.0}
+    thought = Thought(list(chameleon.think(runs["critique"]["prompt"], max_pictures=2, **options)))
+    before, after = thought.pictures
     grid = chameleon.processor.grid
     assert np.array_equal(after.changed, patch_difference(before.image, after.image, grid) > CHANGED)
 
@@ -111,7 +113,7 @@ def test_a_thought_without_a_picture_has_no_last_one():
 
 def test_pictures_before_the_words_need_no_mark(chameleon):
     image = Image.open(ROOT / "images" / "square.png")
-    options = {"mode": "general", "max_length": 300, "max_pictures": 1}
+    options = {"mode": "general", "max_length": LONG, "max_pictures": 1}
     marked = Thought(list(chameleon.think("<image>At night.", images=[image], **options)))
     same(Thought(list(chameleon.think("At night.", images=[image], **options))), marked)
 

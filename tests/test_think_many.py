@@ -25,7 +25,8 @@ ROOT = GOLDEN_ROOT / "chameleon_tiny"
 pytestmark = [pytest.mark.golden, pytest.mark.skipif(not ROOT.is_dir(), reason=f"{GOLDEN_ROOT} has no such set")]
 REPOSITORY = Path(__file__).parents[1]
 PROMPTS = ["A kite.", "A boat.", "A red cup.", "Two hills."]
-SHORT = ThoughtSettings(max_length=300, max_pictures=2)
+LENGTH = 300
+SHORT = ThoughtSettings(max_length=LENGTH, max_pictures=2)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def input_file(tmp_path_factory):
 
 def command(input_file, output, *more):
     flags = ["--model", ROOT / "checkpoint", "--input", input_file, "--output_dir", output, "--batch_size", 2]
-    flags += ["--max_length", 300, "--max_pictures", 2, *more]
+    flags += ["--max_length", LENGTH, "--max_pictures", 2, *more]
     return [str(part) for part in (REPOSITORY / "scripts" / "think.py", *flags)]
 
 
@@ -170,7 +171,7 @@ def test_a_prompts_picture_counts_and_a_replaced_one_is_thought_about_anew(chame
     shutil.copy(ROOT / "images" / "square.png", tmp_path / "a.png")
     prompt, settings = (
         Prompt("<image>At night.", (tmp_path / "a.png",)),
-        ThoughtSettings(mode="general", max_length=250),
+        ThoughtSettings(mode="general", max_length=LENGTH),
     )
     output = tmp_path / "out"
     assert think(chameleon, [prompt], output, settings) == 1

@@ -70,7 +70,7 @@ def test_the_ends_of_a_thought_are_rows_of_one_table(tmp_path):
 
 
 def test_a_thought_without_a_picture_counts_as_a_black_one(tmp_path):
-    flags = ["--mode", "subgoals", "--max_length", 60, "--num_images", 1]  # no room for a picture
+    flags = ["--mode", "subgoals", "--max_length", 1, "--num_images", 1]  # no room for a picture
     found = evaluate(tmp_path / "out", *flags)
     assert found["notes"][1] == "2 thoughts ended without a picture and count as black ones."
     assert not pixels(tmp_path / "out" / "last" / "0_1_0.png").any()
