@@ -6,13 +6,18 @@ import re
 
 import numpy as np
 import pytest
+from conftest import GOLDEN_ROOT
 from PIL import Image
 from random_photos import photo
 
-from thinkclearly import demo
+from thinkclearly import demo, demo_thoughts
 from thinkclearly.data.options import DataArguments
+from thinkclearly.data.shapes import Scene
 from thinkclearly.data.sources import photos_of, read_example
+from thinkclearly.data.thoughts import thought_rows
 from thinkclearly.evaluation.edits import Evaluation, judge_shapes
+
+CHAMELEON = GOLDEN_ROOT / "chameleon_tiny"
 
 
 def test_without_photographs_the_report_has_the_held_out_edits_alone(tmp_path):
@@ -94,3 +99,48 @@ def test_too_few_are_refused_before_training(flag, least, capsys):
     with pytest.raises(SystemExit):
         demo.main([f"--{flag}", str(least - 1)])
     assert f"{flag}={least - 1}; expected {least} or more" in capsys.readouterr().err
+
+
+@pytest.mark.golden
+@pytest.mark.skipif(not CHAMELEON.is_dir(), reason="no set chameleon_tiny")
+def test_the_demo_of_thinking_trains_thinks_in_three_ways_and_counts_what_is_shown(tmp_path):
+    options = {"method": "interleaved", "base_model": CHAMELEON / "checkpoint", "output_dir": tmp_path, "lora_r": 0}
+    options |= {"source": "shapes", "limit": 4, "eval_samples": 2, "calibration_edits": 0, "max_steps": 1}
+    options |= {"thought_mode": "critique", "shapes_size": 64, "demo_prompts": 2}
+    demo.main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["prompts"] == 2 and list(metrics["done"]) == [
+        "drawn at once",
+        "critique, first picture",
+        "critique, last picture",
+        "sub-goals, last picture",
+        "the true picture through the tokenizer",
+    ]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for way in demo_thoughts.WAYS:
+        assert f'href="{way}/index.html"' in page
+        lines = [json.loads(line) for line in (tmp_path / way / "thoughts.jsonl").read_text().splitlines()]
+        assert len(lines) == 2 and lines[0]["prompt"] != lines[1]["prompt"]
+
+
+def test_a_thought_shows_its_scene_if_its_picture_does(tmp_path):
+    scenes = [Scene.from_json(text) for text in thought_rows("subgoals", 2, "test")["scene"]]
+    for k, scene in enumerate(scenes):
+        scene.render(64).save(tmp_path / f"{k}.png")
+    rows = [{"image_paths": paths} for paths in (["1.png", None, "0.png"], ["1.png"], [None], [])]
+    wanted = [scenes[0], scenes[1], scenes[0], scenes[0]]
+    assert demo_thoughts.shown(tmp_path, rows, wanted, 0) == [False, True, False, False]
+    assert demo_thoughts.shown(tmp_path, rows, wanted, -1) == [True, True, False, False]
+
+
+def test_the_page_of_thoughts_tells_what_was_put_right_from_what_was_spoiled(tmp_path):
+    rows = [{"sample_id": k, "text": "", "prompt": f"prompt {k}", "image_paths": []} for k in range(4)]
+    first, last = [False, True, True, False], [True, False, True, False]
+    demo_thoughts.report(tmp_path, {"drawn at once": 0.5}, rows, first, last, {"think": 1.0})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"<h2>([^<]+): (\d)</h2>", page) == [
+        ("Put right", "1"),
+        ("Spoiled", "1"),
+        ("Right and left so", "1"),
+    ]
+    assert re.findall(r'href="critique/(\d)/index.html"', page) == ["0", "1", "2"] and "50%" in page

@@ -14,6 +14,7 @@ from datasets import Dataset
 from thinkclearly.data.options import DataArguments
 from thinkclearly.data.shapes import Background, Scene, ShapeEdit, edit_scene, random_scene
 from thinkclearly.data.sources import EditExample, photos_of, shapes
+from thinkclearly.demo_thoughts import demonstrate
 from thinkclearly.editing.editor import Editor
 from thinkclearly.evaluation.calibration import gate_metrics
 from thinkclearly.evaluation.edits import Evaluation, best_median_worst, evaluate_edits, evaluate_rows
@@ -37,10 +38,11 @@ class DemoArguments:
 
     demo_edits: int = option(120, "Held-out edits that are measured.")
     demo_photo_edits: int = option(12, "Edits of whole photographs at their own size; 0 for none.")
-    demo_batch_size: int = option(20, "Pictures that are edited at once.")
+    demo_prompts: int = option(100, "method interleaved: held-out prompts that are thought about, instead of edits.")
+    demo_batch_size: int = option(20, "Pictures that are edited at once, or thoughts.")
 
     def __post_init__(self):
-        for name, least in (("demo_edits", 1), ("demo_photo_edits", 0), ("demo_batch_size", 1)):
+        for name, least in (("demo_edits", 1), ("demo_photo_edits", 0), ("demo_prompts", 1), ("demo_batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}; expected {least} or more")
 
@@ -68,6 +70,8 @@ def held_out_edits(count: int, data: DataArguments) -> Dataset:
 
 def main(argv: list[str] | None = None) -> None:
     options, method, demo = parse_options(argv, "thinkclearly demo", also=(DemoArguments,))
+    if options.training.method == "interleaved":
+        return demonstrate(options, method, demo.demo_prompts, demo.demo_batch_size)
     data, training = options.data, options.training
     output = Path(training.output_dir)
     training.output_dir = str(output / "checkpoint")

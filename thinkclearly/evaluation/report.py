@@ -141,7 +141,7 @@ def write_report(
         cards = "".join(_pick(name, edit) for name, edit in edits.items())
         body.append(f'<h2>{escape(heading)}</h2><div class="picks">{cards}</div>')
     if results:
-        body.append("<h2>Results</h2>" + _table(results) + (f"<p>{escape(remarks)}</p>" if remarks else ""))
+        body.append("<h2>Results</h2>" + table(results) + (f"<p>{escape(remarks)}</p>" if remarks else ""))
     tables_ = "".join(_tables(name, table) for name, table in (metrics or {}).items())
     body += [
         _folded("All numbers", tables_ and tables_ + ABOUT_NUMBERS),
@@ -188,10 +188,11 @@ def _notes(notes: Mapping[str, str]) -> str:
 
 
 def _tables(heading: str, rows: Mapping[str, Mapping]) -> str:
-    return "".join(_table(lines, ", ".join(filter(None, (heading, region)))) for region, lines in tables(rows).items())
+    return "".join(table(lines, ", ".join(filter(None, (heading, region)))) for region, lines in tables(rows).items())
 
 
-def _table(lines: Sequence[Sequence[str]], caption: str = "") -> str:
+def table(lines: Sequence[Sequence[str]], caption: str = "") -> str:
+    """A table of text, headings first, names to the left."""
     (_, *heads), *body = lines
     columns = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in heads)
     rows = "".join(

@@ -55,7 +55,7 @@ def write_pages(folder: str | Path, file: str) -> Path:
             back = f'<p class="soft"><a href="../{INDEX}">All thoughts</a></p>'
             write_text(file, page(title, f"{back}<h1>{escape(title)}</h1>{_thought(folder, row)}", STYLE))
     heading = f"{len(rows)} thought{'' if len(rows) == 1 else 's'}"
-    body = f'<h1>{heading}</h1><div class="list">{"".join(map(_card, rows))}</div>'
+    body = f'<h1>{heading}</h1><div class="list">{"".join(map(card, rows))}</div>'
     write_text(folder / INDEX, page(heading, body, STYLE))
     return folder / INDEX
 
@@ -112,12 +112,14 @@ def outline_path(mask: np.ndarray) -> str:
     return "".join([f"M{x} {y}h1" for y, x in zip(*level)] + [f"M{x} {y}v1" for y, x in zip(*upright)])
 
 
-def _card(row: Mapping) -> str:
+def card(row: Mapping, base: str = "") -> str:
+    """A thought's prompt over its first and last picture, linked to its page, in the folder `base` seen from here."""
     title = escape(_title(row))
     shown = _ends([path for path in row["image_paths"] if path is not None])
     small = ' class="small"' if row.get("size", LARGE) <= SMALL else ""
-    images = "".join(f'<img{small} src="{escape(path)}" alt="" loading="lazy">' for path in shown)
-    return f'<a class="edit" href="{row["sample_id"]}/{INDEX}"><div class="pair">{images}</div><h3>{title}</h3></a>'
+    images = "".join(f'<img{small} src="{base}{escape(path)}" alt="" loading="lazy">' for path in shown)
+    link = f"{base}{row['sample_id']}/{INDEX}"
+    return f'<a class="edit" href="{link}"><div class="pair">{images}</div><h3>{title}</h3></a>'
 
 
 def _ends(paths: Sequence[str]) -> list[str]:
