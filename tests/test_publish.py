@@ -226,6 +226,7 @@ WORDS = {
     **{"optim_target_modules": ["q_proj"], "report_to": ["tensorboard"], "label_names": ["labels", "source"]},
     **{"task": "edit", "scale_rewards": "batch", "logprob_scale": "cond", "reward_weights": [0.25, 1.0]},
     **{"reward_funcs": ["shapes", "clip:you/clip"], "truth_steps": [3, 7], "truth_shares": [0.5, 0.25]},
+    **{"thought_mode": ["critique"], "reconstruction_at": "own"},
 }
 # What needs a GPU, a launch or another package, contradicts another option, or has no form on a command line.
 NOT_HERE = {
@@ -256,7 +257,7 @@ def of(options):
     return {name: value for part in parts for name, value in vars(part).items()} | options.settings
 
 
-OF_SHAPES = {"shapes_size", "photos_folder", "pair_shapes"}
+OF_SHAPES = {"shapes_size", "photos_folder", "pair_shapes", "thought_mode", "wrong_share"}
 OF_TABLES = {"path", "split", "turn_index", "streaming", "shuffle", "include", "exclude", "match"}
 
 
