@@ -24,7 +24,7 @@ from thinkclearly.models.chameleon.processor import RESCALE
 
 CODES, COMPONENTS = 512, 24
 PLAIN = 200  # how often each patch of one colour counts in k-means; three in four patches are such
-SEED, POOL, STEPS, LEARNING_RATE, WARMUP = 11, 4000, 1200, 2e-3, 30
+SEED, POOL, STEPS, LEARNING_RATE, WARMUP = 11, 4000, 2000, 2e-3, 30
 EDGE = 5.0  # weight of patches of more than one colour
 PARTS, PART = 4, 2  # of a batch, and pictures of each
 OFFSET, MIDDLE = 64.0, 16.0  # see `set_encoder`

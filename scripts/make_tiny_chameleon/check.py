@@ -18,6 +18,7 @@ from thinkclearly.models.finetunes import load_any
 
 SEED, BATCH = 77, 30
 PLAIN = {"guidance_kind": "normal", "pictures_scale": 0.0, "second": "draw", "temperature": 0.0, "picture_top_k": 0}
+PLAIN["max_length"] = 1024  # tokens: what the model has room for
 GREEDY, SAMPLED = {"picture_temperature": 0.0}, {"picture_temperature": 1.0}
 WAYS = {
     "at once, greedy": {"mode": "general", "full_scale": 1.0, **GREEDY},
