@@ -52,13 +52,17 @@ def held_out(mode: str, count: int) -> list[tuple[str, Scene]]:
 
 
 def think(
-    model: InstructionModel, processor: ChameleonProcessor, starts: Sequence[Context], settings: ThoughtSettings
+    model: InstructionModel,
+    processor: ChameleonProcessor,
+    starts: Sequence[Context],
+    settings: ThoughtSettings,
+    seed: int = SEED,
 ) -> list[Found]:
     """The thoughts that begin like `starts`; number i of a call always has the same noise."""
     found = [Found() for _ in starts]
     for first in range(0, len(starts), BATCH):
         batch = starts[first : first + BATCH]
-        samples = [(SEED, first + k) for k in range(len(batch))]
+        samples = [(seed, first + k) for k in range(len(batch))]
         for k, part in interleave(model, processor, batch, settings, samples):
             one = found[first + k]
             if isinstance(part, Said):
@@ -150,7 +154,8 @@ def interventions(model, processor, prompts, settings: ThoughtSettings, found: l
         for start, one, ids in zip(starts, pictures, words):
             picture = processor.picture_ids(one.pictures[0])[1:]
             contexts.append(Context([*start.ids, *picture, *ids, processor.boi_id], start.prompt_ids))
-        again = think(model, processor, contexts, settings)
+        # With the noise that drew the first picture its mistakes would come again.
+        again = think(model, processor, contexts, settings, seed=SEED + 1)
         result[name] = share(shown(model, [one.pictures[0] for one in again], scenes))
     return result
 

@@ -28,24 +28,25 @@ SEED, SHAPES = 77, (2, 3, 4)
 
 
 def write_thoughts(name: str, folder: Path, settings: ThoughtSettings, critiques: int, others: int) -> Path:
-    """A file for `source: thoughts`: critiques of the model's own first pictures, sub-goals, and drawings at once.
+    """A file for `source: thoughts`: critiques of the model's own first pictures, and made-up thoughts of all kinds.
 
     A first picture in which nothing is wrong that words could say, and which the judge still refuses, is left out.
 
     Args:
         critiques: prompts to draw.
-        others: sub-goals, and as many drawings at once.
+        others: critiques of made-up mistakes, and as many sub-goals and drawings at once.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines, counts = _own_critiques(name, folder, settings, critiques), {}
     counts["critiques"], counts["wrong"] = len(lines), sum(line.pop("wrong") for line in lines)
-    for mode in ("subgoals", "general"):
+    for mode in ("critique", "subgoals", "general"):
         shapes = () if mode == "subgoals" else SHAPES
-        for number, row in enumerate(thought_rows(mode, others, "train", seed=SEED, shapes=shapes)):
+        rows = thought_rows(mode, others, "train", seed=SEED + 1, shapes=shapes, wrong=0.8)
+        for number, row in enumerate(rows):
             files = [f"images/{mode}-{number}-{k}.png" for k in range(len(row["images"]))]
             for file, image in zip(files, row["images"]):
                 (folder / file).write_bytes(image["bytes"])
-            lines.append(_line(mode, row["prompt"], row["response"], files, row["edit_of"], row["scene"]))
+            lines.append(_line(mode, row["prompt"], row["response"], files, row))
     path = folder / "thoughts.jsonl"
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -70,10 +71,12 @@ def _own_critiques(name: str, folder: Path, settings: ThoughtSettings, count: in
         for file, image in zip(files, (picture, put_right(picture, read, scene))):
             image.save(folder / file)
         response = f"{IMAGE}{text}{IMAGE}"
-        lines.append(_line("critique", row["prompt"], response, files, [-1, 0], row["scene"]) | {"wrong": wrong})
+        own = row | {"edit_of": [-1, 0], "given": 1}
+        lines.append(_line("critique", row["prompt"], response, files, own) | {"wrong": wrong})
     return lines
 
 
-def _line(mode: str, prompt: str, response: str, files: list[str], edit_of: list[int], scene: str) -> dict:
+def _line(mode: str, prompt: str, response: str, files: list[str], row: dict) -> dict:
     prompt = TEMPLATES[mode].format(p=prompt)
-    return {"prompt": prompt, "response": response, "images": files, "edit_of": edit_of, "scene": scene}
+    rest = {name: row[name] for name in ("edit_of", "given", "scene")}
+    return {"prompt": prompt, "response": response, "images": files, **rest}

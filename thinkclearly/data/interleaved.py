@@ -67,7 +67,7 @@ def read_thoughts(path: str | os.PathLike, on_bad_record: str = "error") -> Data
     `prompt` are the words that the model is told, `response` what it is to say, with `<image>` where it is to draw,
     and `images` the paths of those pictures in order, relative to the file. `tokens`, ids that somebody else made, are
     compared and not used. Ours are `edit_of`, for each picture the number of the earlier one that it is an edit of or
-    -1, `scene` and `key`.
+    -1, `given`, how many pictures at the beginning are shown and not taught, `scene` and `key`.
 
     Args:
         on_bad_record: "error" stops at a bad line, "skip" leaves it out and logs how many.
@@ -119,9 +119,17 @@ def _thought_of_line(line: bytes, where: str, root: Path) -> dict:
         "response": text_of(record.get("response"), where, "response"),
         "images": [{"path": str(inside(root, name, f"{where}: images")), "bytes": None} for name in lists["images"]],
         "edit_of": lists["edit_of"],
+        "given": _given(record, where, len(lists["images"])),
         "scene": scene if isinstance(scene, str) else json.dumps(scene),
         "tokens": lists["tokens"],
     }
+
+
+def _given(record: dict, where: str, pictures: int) -> int:
+    given = record.get("given") or 0
+    if type(given) is not int or not 0 <= given <= pictures:
+        raise BadRecord(f"{where}: 'given' is {given!r:.60}, expected how many of its {pictures} pictures are given.")
+    return given
 
 
 def with_template(rows: Dataset, mode: str) -> Dataset:
@@ -220,7 +228,8 @@ def tokenize_thoughts(
 
     Returns:
         The streams, and how many were left out. Columns: `key`, `input_ids`, `prompt_ids` (the bare prompt, without
-        the original's template), `response_start`, `picture_starts` (index of the first id of each of P pictures),
+        the original's template), `response_start` (index of the
+        first id that is taught), `picture_starts` (index of the first id of each of P pictures),
         `edit_of` (P), `copied` (P·N, the unchanged patches of edits), `scene` and `origins` (fingerprints of the
         pictures, and the prompt: records that share one are never split).
 
@@ -304,6 +313,8 @@ def _read_thought(row: Mapping, size: int, grid: int, processor: ChameleonProces
             starts.append(len(ids) + 1)
             ids += [processor.boi_id, *[processor.image_id] * n, processor.eoi_id]
     ids.append(processor.eos_id)
+    if row["given"]:  # what stands before is shown, and carries no loss
+        start = starts[row["given"] - 1] + n + 1
     _check_words(key, ids, starts, n, processor)
     pictures, squares = _squares(row, edit_of, processor)
     differences = [

@@ -42,7 +42,7 @@ class _Shown:
     Attributes:
         ids: int (L,).
         counted: bool (L,), ids that carry loss.
-        pictures: number of the picture in the record → index of its first id.
+        pictures: number of the picture in the record → index of its first id, of those that are taught.
         instructed: whether an edit's source is shown, so that an instruction means something.
     """
 
@@ -133,14 +133,16 @@ class StreamCollator:
         n, ids, starts = self.processor.num_image_tokens, np.asarray(row["input_ids"]), row["picture_starts"]
         rng = np.random.default_rng((self.dropout.seed, int(self.epoch), zlib.crc32(row["key"].encode())))
         edges = np.cumsum([self.dropout.drop_all, self.dropout.drop_context, self.dropout.drop_words])
-        drawn = int(np.searchsorted(edges, rng.random(), side="right")) if len(starts) else 3
+        taught = {number: start for number, start in enumerate(starts) if start >= row["response_start"]}
+        drawn = int(np.searchsorted(edges, rng.random(), side="right")) if taught else 3
         if drawn == 3:
-            pictures = dict(enumerate(starts))
+            pictures = taught
             return _Shown(ids, np.arange(len(ids)) >= row["response_start"], pictures, instructed=True)
-        numbers = [[int(rng.integers(len(starts)))], [len(starts) - 1], [*range(len(starts))]][drawn]
+        numbers = [[int(rng.choice([*taught]))], [len(starts) - 1], [*range(len(starts))]][drawn]
         told = np.asarray(row["prompt_ids"] if drawn == 1 else [], np.int64)
         blocks = [ids[starts[number] - 1 : starts[number] + n + 1] for number in numbers]  # BOI, codes, EOI
-        pictures = {number: len(told) + 1 + i * (n + 2) for i, number in enumerate(numbers)}
+        places = {number: len(told) + 1 + i * (n + 2) for i, number in enumerate(numbers)}
+        pictures = {number: start for number, start in places.items() if number in taught}
         ids = np.concatenate([told, *blocks])
         counted = np.zeros(len(ids), bool)
         for start in pictures.values():

@@ -36,6 +36,7 @@ THOUGHTS = datasets.Features(
         "response": datasets.Value("string"),
         "images": datasets.List(datasets.Image(decode=False)),
         "edit_of": datasets.List(datasets.Value("int32")),
+        "given": datasets.Value("int32"),
         "scene": datasets.Value("string"),
     }
 )
@@ -91,11 +92,13 @@ class Thought:
 
     Attributes:
         edit_of: for each picture the number of the earlier one that it is an edit of, or -1.
+        given: how many pictures at the beginning are shown and not taught: a mistake is not to be learnt.
     """
 
     prompt: str
     parts: tuple[str | Scene, ...]
     edit_of: tuple[int, ...]
+    given: int = 0
 
     @property
     def scenes(self) -> list[Scene]:
@@ -121,7 +124,7 @@ def critique(seed: int, index: int, wrong: float = 0.5, shapes: int | None = Non
     if rng.random() >= wrong:
         return Thought(scene.caption(), (scene, _pick(rng, NOTHING_WRONG), scene), (-1, 0))
     found, words = _with_mistakes(scene, 2 if rng.random() < TWO_MISTAKES else 1, rng)
-    return Thought(scene.caption(), (found, words, scene), (-1, 0))
+    return Thought(scene.caption(), (found, words, scene), (-1, 0), given=1)
 
 
 def subgoals(seed: int, index: int) -> Thought:
@@ -207,6 +210,7 @@ def from_edits(rows: datasets.Dataset) -> datasets.Dataset:
             "response": f"{IMAGE}{words}{IMAGE}",
             "images": [row["source"], row["target"]],
             "edit_of": [-1, 0],
+            "given": 1,
             "scene": "",
         }
 
@@ -218,7 +222,7 @@ def from_captions(rows: datasets.Dataset) -> datasets.Dataset:
 
     def convert(row: Mapping) -> dict:
         values = {"key": row["key"], "prompt": row["instruction"], "response": IMAGE, "images": [row["target"]]}
-        return values | {"edit_of": [-1], "scene": ""}
+        return values | {"edit_of": [-1], "given": 0, "scene": ""}
 
     return rows.map(convert, remove_columns=rows.column_names, features=THOUGHTS, desc="captions")
 
@@ -235,6 +239,7 @@ def _row(key: str, thought: Thought, size: int) -> dict:
         "response": thought.response,
         "images": images,
         "edit_of": list(thought.edit_of),
+        "given": thought.given,
         "scene": thought.scenes[-1].to_json(),
     }
 
