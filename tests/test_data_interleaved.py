@@ -153,6 +153,7 @@ def test_tokens_of_others_are_compared_and_not_used(write, checkpoint, caplog):
         (record("0.png", "1.png", edit_of=[-1, 1]), "edit_of is [-1, 1], expected"),
         (record("0.png", "1.png", edit_of=[-1]), "edit_of is [-1], expected"),
         (record("0.png", edit_of=["0"]), "'edit_of' is ['0'], expected a list of int"),
+        (record("0.png", given=2), "'given' is 2, expected how many of its 1 pictures are given"),
         (record("0.png", "tall.png", edit_of=[-1, 0]), "of another shape"),
         (record("0.png", prompt="Two <reserved08706>."), "1 times '<reserved08706>', a control token"),
         (record("0.png", response="<image><racm3:break>"), "1 times '<racm3:break>', a control token"),
@@ -233,7 +234,9 @@ def test_edits_and_captions_become_thoughts(checkpoint, tmp_path):
     found = build_thoughts(data(tmp_path / "edits", source="folder", prepared_dir=str(tmp_path)), checkpoint).train
     n = checkpoint.processor.num_image_tokens
     for i, row in enumerate(found):
-        text = checkpoint.processor.tokenizer.decode(row["input_ids"][1 : row["response_start"] - 1])
+        ids, processor = row["input_ids"], checkpoint.processor
+        text = processor.tokenizer.decode(ids[1 : ids.index(processor.sep_id)])
+        assert row["response_start"] == row["picture_starts"][0] + n + 1, "the photograph is given"
         assert text == TEMPLATES["critique"].replace("{p}", f"Make {i} white.")
         assert row["edit_of"] == [-1, 0] and row["copied"] == [False] * n + [False] * (n // 2) + [True] * (n // 2)
     (tmp_path / "captions").mkdir()

@@ -98,6 +98,20 @@ def test_the_pictures_row_is_all_pictures_and_edits_stay_edits():
     assert batch["picture_columns"].tolist() == [1, 7]
 
 
+@pytest.mark.parametrize("vocabulary", [WITH, WITHOUT])
+def test_given_pictures_are_read_and_not_taught(vocabulary):
+    given = record() | {"response_start": 4 + N + 2}  # the first picture, with BOI and EOI
+    whole = StreamCollator(PROCESSOR, vocabulary)([given])
+    assert whole["input_ids"].tolist() == StreamCollator(PROCESSOR, vocabulary)([record()])["input_ids"].tolist()
+    assert min(predicted(whole, 0)) == 4 + N + 1 and whole["picture_codes"].tolist() == [[0, 1, 5, 4]]
+    for key in map(str, range(9)):
+        one = StreamCollator(PROCESSOR, vocabulary, StreamDropout(drop_all=1.0))([given | {"key": key}])
+        assert one["input_ids"][0].tolist() == picture(0, 1, 5, 4)
+    both = StreamCollator(PROCESSOR, vocabulary, StreamDropout(drop_words=1.0))([given])
+    assert both["input_ids"][0].tolist() == picture(0, 1, 2, 3) + picture(0, 1, 5, 4)
+    assert min(predicted(both, 0)) == N + 2 and both["picture_columns"].tolist() == [7]
+
+
 def test_shares_are_kept_and_depend_on_record_and_epoch_alone():
     dropout = StreamDropout(drop_all=0.2, drop_context=0.1, drop_words=0.3, seed=4)
     collate, rows = StreamCollator(PROCESSOR, WITH, dropout), [record(str(k)) for k in range(600)]

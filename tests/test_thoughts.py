@@ -158,3 +158,10 @@ def test_prompts_may_ask_for_a_number_of_shapes():
     rows = thought_rows("critique", 6, shapes=(3, 4))
     assert [len(Scene.from_json(row["scene"]).shapes) for row in rows] == [3, 4] * 3
     assert [len(Scene.from_json(row["scene"]).shapes) for row in thought_rows("general", 2, shapes=(5,))] == [5, 5]
+
+
+def test_a_first_picture_with_a_mistake_is_given_and_a_right_one_is_taught():
+    for number in range(30):
+        thought = critique(5, number)
+        assert thought.given == int(thought.scenes[0] != thought.scenes[-1])
+    assert subgoals(5, 0).given == direct(5, 0).given == 0
