@@ -11,11 +11,13 @@ from test_sft import flags, write_records
 from thinkclearly import cli, load_editor, load_model
 from thinkclearly.data.collator import Collator
 from thinkclearly.data.shapes import packaged_photos, random_edit
-from thinkclearly.hub.publish import check_publishable, staged
+from thinkclearly.files import BUILT_IN, is_local
+from thinkclearly.hub.publish import built_in_id, check_publishable, staged
 from thinkclearly.images import Letterbox
 from thinkclearly.instructions import InstructionVocabulary
 from thinkclearly.models.chameleon.model import Chameleon
 from thinkclearly.models.finetunes import load_any, load_clear_model
+from thinkclearly.models.folder import BY_NAME
 from thinkclearly.models.load import load_checkpoint
 from thinkclearly.sequence import Dropout
 from thinkclearly.training import memory, setup
@@ -190,6 +192,14 @@ def test_a_fine_tune_is_shared_as_an_adapter_or_as_whole_weights(clear, chameleo
         assert "- chameleon" in card and "- janus" not in card and "Janus" not in card
         found = load_editor(folder, **({} if merged else {"base": chameleon})).edit(picture, "Make it blue.", seed=3)
     assert torch.equal(found.class_ids, expected.class_ids)
+
+
+def test_the_models_that_ship_along_have_names_on_the_hub_and_are_no_paths():
+    assert [built_in_id("you/edit", name) for name in BUILT_IN] == [
+        "you/thinkclearly-tiny-janus",
+        "you/thinkclearly-tiny-chameleon",
+    ]
+    assert set(BUILT_IN) == set(BY_NAME) and not any(map(is_local, BUILT_IN))
 
 
 def test_words_of_a_vocabulary_are_no_paths_of_this_machine(tmp_path):

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 A_DAY = 24 * 60 * 60  # seconds
+BUILT_IN = ("tiny", "tiny_chameleon")  # names of models that ship with this package
 
 
 @contextmanager
@@ -100,4 +101,4 @@ def strict(content):
 
 def is_local(name: str) -> bool:
     """Whether a model or data set is a file or folder of this machine, rather than a Hub id or built in."""
-    return name != "tiny" and (Path(name).is_absolute() or name.startswith((".", "~")) or Path(name).exists())
+    return name not in BUILT_IN and (Path(name).is_absolute() or name.startswith((".", "~")) or Path(name).exists())

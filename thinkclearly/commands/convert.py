@@ -31,11 +31,11 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from thinkclearly.models.folder import read_model_config
+    from thinkclearly.models.folder import BY_NAME, read_model_config
     from thinkclearly.models.janus.export import export_deepseek
     from thinkclearly.models.load import load_checkpoint
 
-    if arguments.model != "tiny" and read_model_config(arguments.model)[1]["model_type"] == "chameleon":
+    if read_model_config(BY_NAME.get(arguments.model, arguments.model))[1]["model_type"] == "chameleon":
         raise ValueError(f"{arguments.model} is a Chameleon, which has one layout; convert is for Janus.")
     checkpoint = load_checkpoint(arguments.model, weights=arguments.weights, dtype=getattr(torch, arguments.dtype))
     if arguments.to == "deepseek":

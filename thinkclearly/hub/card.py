@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from thinkclearly.data.encode import Preparation
 from thinkclearly.evaluation.benchmarks.report import eval_results
 from thinkclearly.evaluation.benchmarks.results import SHARED_FOLDER
-from thinkclearly.files import is_local
+from thinkclearly.files import BUILT_IN, is_local
 from thinkclearly.instructions import CLEAR
 from thinkclearly.models.instruction_head import (
     ADAPTER_FILE,
@@ -139,7 +139,7 @@ def write_card(directory: str | Path, repo_id: str | None = None) -> None:
         return
     is_adapter = (directory / ADAPTER_FILE).is_file()
     base = read_base_name(directory) if is_adapter else None
-    known = base if base and base != "tiny" and not is_local(base) else None
+    known = base if base and base not in BUILT_IN and not is_local(base) else None
     model_card(directory, repo_id, known, [], is_adapter=is_adapter).save(directory / CARD_FILE)
 
 

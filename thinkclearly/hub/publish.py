@@ -24,7 +24,7 @@ from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 
 from thinkclearly.data.encode import DATASET_FILES, INFO_FILE, Preparation
-from thinkclearly.files import is_local, write_json, write_text
+from thinkclearly.files import BUILT_IN, is_local, write_json, write_text
 from thinkclearly.hub.card import (
     CARD_FILE,
     RECIPE_FILE,
@@ -38,7 +38,7 @@ from thinkclearly.hub.card import (
 )
 from thinkclearly.models.config_files import VOCABULARY
 from thinkclearly.models.finetunes import load_clear_model
-from thinkclearly.models.folder import TINY
+from thinkclearly.models.folder import BY_NAME
 from thinkclearly.models.instruction_head import ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, LOCAL_BASE, read_base_name
 from thinkclearly.models.janus.export import export_deepseek
 from thinkclearly.models.janus.original_finetune import write_original_finetune
@@ -128,8 +128,10 @@ def upload(
     target = {"repo_type": kind, "revision": revision}
     try:
         repo_id = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True).repo_id
-        if (folder / ADAPTER_FILE).is_file() and read_base_name(folder) == tiny_id(repo_id):
-            _share_tiny(api, tiny_id(repo_id), private)
+        base = read_base_name(folder) if (folder / ADAPTER_FILE).is_file() else None
+        for name in BUILT_IN:
+            if base == built_in_id(repo_id, name):
+                _share_built_in(api, base, name, private)
         if revision and not revision.startswith("refs/"):
             api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
         return api.upload_folder(
@@ -189,7 +191,7 @@ def staged(
             "out, or use --merged native."
         )
     base = base_model_of(directory, base_model_id)
-    base = tiny_id(repo_id) if base == "tiny" else base
+    base = built_in_id(repo_id, base) if base in BUILT_IN else base
     with tempfile.TemporaryDirectory(prefix="thinkclearly-push-") as temporary:
         folder = Path(temporary) / "repository"
         if merged:
@@ -276,15 +278,16 @@ def is_public(recipe: dict) -> bool:
     return not info.private and not info.gated
 
 
-def tiny_id(repo_id: str) -> str:
-    """Where the tiny Janus lies for those who load `repo_id`: `pipeline()` looks the base up on the Hub."""
-    return f"{repo_id.rpartition('/')[0] or 'you'}/thinkclearly-tiny-janus"
+def built_in_id(repo_id: str, name: str) -> str:
+    """Where a model that ships along lies for those who load `repo_id`: `pipeline()` looks the base up on the Hub."""
+    return f"{repo_id.rpartition('/')[0] or 'you'}/thinkclearly-{BY_NAME[name].name.replace('_', '-')}"
 
 
-def _share_tiny(api: HfApi, name: str, private: bool | None) -> None:
-    api.create_repo(name, private=private, exist_ok=True)
-    if not api.file_exists(name, "model.safetensors"):
-        api.upload_folder(repo_id=name, folder_path=TINY, commit_message="The tiny Janus that thinkclearly ships")
+def _share_built_in(api: HfApi, repo_id: str, name: str, private: bool | None) -> None:
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if not api.file_exists(repo_id, "model.safetensors"):
+        message = f"The {BY_NAME[name].name.replace('_', ' ')} that thinkclearly ships"
+        api.upload_folder(repo_id=repo_id, folder_path=BY_NAME[name], commit_message=message)
 
 
 def license_of(base: str | None) -> dict[str, str]:
