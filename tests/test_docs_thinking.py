@@ -24,7 +24,7 @@ def rows():
             yield *PICTURES[picture], preset, told
 
 
-@pytest.mark.parametrize(("mode", "picture", "preset", "told"), rows())
+@pytest.mark.parametrize(("mode", "picture", "preset", "told"), list(rows()))
 def test_a_table_of_weights_is_the_presets(mode, picture, preset, told):
     weights = ThoughtSettings(mode=mode, preset=preset).weights(picture)
     assert {name: weight for name, weight in told.items() if weight} == pytest.approx(weights)

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from conftest import GOLDEN_ROOT
 from PIL import Image
 from safetensors.torch import load_file
@@ -14,10 +15,13 @@ from thinkclearly.data.thought_files import detokenize
 from thinkclearly.decoding.interleaved import Ended
 from thinkclearly.decoding.thought_settings import ThoughtSettings
 from thinkclearly.editing import think as by_turns
+from thinkclearly.editing.editor import Editor
 from thinkclearly.editing.think import NOTHING, think
 from thinkclearly.generation.think import CHANGED, Picture, Text, Thought, whole
 from thinkclearly.images import patch_difference
 from thinkclearly.models.finetunes import TINY_CLEAR
+from thinkclearly.models.instruction_head import ClearConfig, InstructionModel
+from thinkclearly.models.load import load_checkpoint
 
 ROOT = GOLDEN_ROOT / "chameleon_tiny"
 LONG = 480
@@ -102,6 +106,25 @@ def test_what_changed_is_told_by_pixels(chameleon, runs):
     before, after = thought.pictures
     grid = chameleon.processor.grid
     assert np.array_equal(after.changed, patch_difference(before.image, after.image, grid) > CHANGED)
+
+
+def test_what_the_head_copies_is_the_picture_before_byte_for_byte(runs):
+    checkpoint = load_checkpoint(str(ROOT / "checkpoint"))
+    config = ClearConfig(checkpoint.token_model.codebook_size, instructions=["CLEAR"])
+    model = InstructionModel(checkpoint.network, config)
+    with torch.no_grad():  # some patches are copied, some are not
+        model.clear_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+        model.clear_head.bias.fill_(5.0)
+    options = {"preset": "code", "temperature": 0.0, "picture_temperature": 0.0, "max_pictures": 2}
+    thought = Thought(list(Editor(model, checkpoint.processor).think(runs["critique"]["prompt"], **options)))
+    before, after = thought.pictures
+    assert before.clear is None and 0 < after.clear.mean() < 1
+    clear = after.clear.flatten()
+    assert np.array_equal(np.array(after.codes)[clear], np.array(before.codes)[clear])
+    patch = before.image.width // checkpoint.processor.grid
+    pixels = after.clear.repeat(patch, 0).repeat(patch, 1)
+    assert np.array_equal(np.asarray(before.image)[pixels], np.asarray(after.image)[pixels])
+    assert not (after.changed & after.clear).any()
 
 
 def test_a_thought_without_a_picture_has_no_last_one():
