@@ -38,14 +38,18 @@ COMMON = {
     "source": "thoughts",
     "eval_samples": 0,
     "per_device_train_batch_size": 16,
-    "learning_rate": 2e-4,
+    "learning_rate": 5e-5,
     "lr_scheduler_type": "linear",
-    "max_steps": 120,
+    "max_steps": 80,
+    "warmup_steps": 10,
     "drop_all": 0.1,
     "logging_steps": 10,
     "eval_strategy": "no",
-    "save_steps": 60,
+    "save_steps": 40,
 }
+# The gate has to be learnt from nothing.
+TAUGHT_CLEAR = {"reconstruction_weight": 0, "instructions": ["CLEAR"], "clear_weight": 0.3}
+TAUGHT_CLEAR |= {"learning_rate": 1e-4, "max_steps": 400, "save_steps": 100}
 # One row, as it is trained. The presets' scales are for 7B models.
 SETTINGS = ThoughtSettings(guidance_kind="normal", full_scale=1.0, pictures_scale=0.0, picture_top_k=0)
 
@@ -63,11 +67,7 @@ ARMS = [
     Arm("cross-entropy", {"reconstruction_weight": 0}, left_out={"matters"}),
     Arm("reconstruction, next", {"reconstruction_weight": 1, "reconstruction_at": "next"}, left_out={"clear"}),
     Arm("reconstruction, own", {"reconstruction_weight": 1, "reconstruction_at": "own"}),
-    Arm(
-        "CLEAR",
-        {"reconstruction_weight": 0, "instructions": ["CLEAR"], "clear_weight": 0.3},
-        left_out={"thinking", "matters"},
-    ),
+    Arm("CLEAR", TAUGHT_CLEAR, left_out={"thinking", "matters"}),
 ]
 
 
@@ -174,7 +174,7 @@ tokenizer pass in {100 * tokenizer["ceiling"]:.1f} %, another prompt's true scen
 {100 * tokenizer["another prompt's picture"]:.1f} %. Machine: {found["machine"]}, shared with other work. Two standard
 errors of a share near one half are {200 * (0.25 / arguments.count) ** 0.5:.1f} points.
 
-The arms continue the shipped model for {COMMON["max_steps"]} steps of
+The arms continue the shipped model for {COMMON["max_steps"]} steps (CLEAR: {TAUGHT_CLEAR["max_steps"]}) of
 {COMMON["per_device_train_batch_size"]} thoughts: {found["thoughts"]["critiques"]} critiques of its own drawings, of
 which {found["thoughts"]["wrong"]} have a mistake, with {OTHERS} critiques of made-up mistakes, {OTHERS} sub-goals and
 {OTHERS} drawings at once. First pictures with a mistake are shown and not taught.
