@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from thinkclearly.images import to_image
 from thinkclearly.models.chameleon.processor import TEMPLATES
-from thinkclearly.models.load import load_checkpoint
+from thinkclearly.models.load import load_checkpoint, token_model
 from thinkclearly.sequence import Row, answering, drawing, named_row
 
 ROOT = GOLDEN_ROOT / "chameleon_tiny"
@@ -142,6 +142,13 @@ def test_features_of_the_codebook_are_what_the_original_learns_to_rebuild(checkp
 
 def real(batch):
     return [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask)]
+
+
+def test_what_decoding_keeps_of_the_vocabulary_serves_training_too(checkpoint):
+    family = token_model(checkpoint.network)
+    with torch.inference_mode():
+        kept = family._ids_on(torch.device("meta"))  # any device but the one that it is made on
+    assert not kept.is_inference()  # autograd refuses to keep such a tensor for the backward pass
 
 
 def test_a_row_to_draw_from_is_a_turn_and_the_beginning_of_a_picture(checkpoint):

@@ -140,5 +140,7 @@ class Chameleon:
 
     def _ids_on(self, device: torch.device) -> torch.Tensor:
         if device not in self._moved:
-            self._moved[device] = self.code_ids.to(device)
+            # What is first asked for by a decoder has to serve training too: GRPO draws, then learns.
+            with torch.inference_mode(False):
+                self._moved[device] = self.code_ids.to(device)
         return self._moved[device]
