@@ -92,6 +92,7 @@ def test_decoded_results_come_back_as_they_were_written(tmp_path):
     rows = [
         {"sample_id": 0, "text": "é <image_0>", "image_paths": ["0/image_0.png"], "seed": 3},
         {"sample_id": 1, "text": "<invalid_image_0>", "image_paths": [None]},
+        {"sample_id": 2, "text": "Line\u2028ends\x85 of other kinds.\n", "image_paths": []},
     ]
     write_lines(tmp_path / "decoded.jsonl", rows)
     assert read_decoded(tmp_path / "decoded.jsonl") == rows

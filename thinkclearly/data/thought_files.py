@@ -133,7 +133,8 @@ def read_decoded(path: str | Path) -> list[dict]:
         BadRecord: a line of another form, or a picture outside the file's folder; the message says `FILE:LINE`.
     """
     rows, path = [], Path(path)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: a model may say other line ends, such as U+2028, which JSON does not escape.
+    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
