@@ -128,6 +128,14 @@ def test_only_other_prompts_are_thought_anew(chameleon, tmp_path):
     assert all(before[name] == after[name] for name in before if name[:2] in ("0/", "1/"))
 
 
+def test_a_folder_that_is_no_thought_is_left_alone(chameleon, tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "mine.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="has no thought.json. Give another --output_dir"):
+        think(chameleon, [Prompt("A kite.")], tmp_path)
+    assert (tmp_path / "0" / "mine.png").read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -64,7 +64,8 @@ def think_prompts(
         `int`: how many thoughts this call made, in all processes.
 
     Raises:
-        ValueError: `folder` belongs to another run, or settings or prompts that the model cannot follow.
+        ValueError: `folder` belongs to another run, or holds something else under a thought's name; or settings or
+            prompts that the model cannot follow.
         ImageError: a prompt's picture that cannot be read.
     """
     check_seed(seed)
@@ -103,11 +104,13 @@ def _digest(prompt: Prompt) -> str:
 
 
 def _asked(folder: Path, number: int) -> str | None:
-    """What a thought is about; None where there is no whole one."""
-    try:
-        return _read(folder, number)["asked"]
-    except FileNotFoundError:
+    """What a thought is about; None where there is none. Raises `ValueError` where its place holds something else."""
+    target = folder / str(number)
+    if not target.exists():
         return None
+    if not (target / THOUGHT_FILE).is_file():
+        raise ValueError(f"{target} is there and has no {THOUGHT_FILE}. Give another --output_dir, or remove it.")
+    return _read(folder, number)["asked"]
 
 
 def _read(folder: Path, number: int) -> dict:
@@ -153,8 +156,8 @@ def _record(editor: Editor, prompt: Prompt, thought: Thought | None) -> tuple[di
 
 def _save(folder: Path, number: int, row: dict, pictures: Sequence[Picture | None]) -> None:
     target = folder / str(number)
-    temporary = target.with_name(f".{target.name}.tmp")
-    for leftover in (temporary, target):
+    temporary, earlier = (target.with_name(f".{target.name}.{end}") for end in ("tmp", "old"))
+    for leftover in (temporary, earlier):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     names = [None if picture is None else image_name(number, k) for k, picture in enumerate(pictures)]
@@ -164,7 +167,10 @@ def _save(folder: Path, number: int, row: dict, pictures: Sequence[Picture | Non
     about = [None if picture is None else _about(picture) for picture in pictures]
     row = row | {"image_paths": names, "pictures": about}
     write_text(temporary / THOUGHT_FILE, json.dumps(row, ensure_ascii=False) + "\n")
+    if target.exists():
+        target.rename(earlier)
     temporary.rename(target)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _about(picture: Picture) -> dict:
