@@ -61,7 +61,7 @@ class Arm:
 
     name: str
     options: dict = field(default_factory=dict)
-    left_out: frozenset | set = frozenset({"clear", "matters"})
+    left_out: frozenset | set = frozenset({"clear", "mended", "matters"})
 
 
 ARMS = [
@@ -122,6 +122,14 @@ def measure_clear(name: str, count: int) -> dict:
     return found
 
 
+def measure_mended(name: str, count: int) -> dict:
+    """The same where the first picture and the words are given, with mistakes that are made up."""
+    model, processor = load_any(name)
+    second = {"CLEAR": "edit"} if len(model.vocabulary) else {"drawn like the first": "draw"}
+    ways = {way: replace(SETTINGS, block=64, second=value) for way, value in second.items()}
+    return {way: measure.mended(model, processor, count, settings) for way, settings in ways.items()}
+
+
 def measure_tokenizer(count: int) -> dict:
     """The true scenes through the tokenizer: the most that any drawing reaches."""
     model, processor = load_any(BASE)
@@ -148,6 +156,7 @@ def write_report(found: dict, arguments: argparse.Namespace) -> None:
     goals = [["%", "seed", "at once", "object by object", "as many pictures as asked"]]
     matters = [["last picture right, %", "seed"]]
     clear = [["", "seed", "second picture", "first, %", "last, %", "passes", "right patches kept, %"]]
+    mended = [[*clear[0], "copied, %"]]
     clear[0] += ["right pictures kept whole, %", "copied, %"]
     for row in found["rows"]:
         name = [row["name"], row["seed"]]
@@ -162,10 +171,11 @@ def write_report(found: dict, arguments: argparse.Namespace) -> None:
             if len(matters) == 1:
                 matters[0] += list(row["matters"])
             matters.append([*name, *percent(*row["matters"].values())])
-        for way, one in row.get("clear", {}).items():
-            cells = [*name, way, *percent(one["first"], one["last"]), f"{one['passes']:.1f}"]
-            names = ("right patches kept", "right pictures kept whole", "copied by CLEAR")
-            clear.append([*cells, *percent(*(one[k] for k in names))])
+        for rows, kind in ((clear, "clear"), (mended, "mended")):
+            for way, one in row.get(kind, {}).items():
+                cells = [*name, way, *percent(one["first"], one["last"]), f"{one['passes']:.1f}"]
+                names = ("right patches kept", "right pictures kept whole", "copied by CLEAR")
+                rows.append([*cells, *percent(*(one[k] for k in names[:: 2 if kind == "mended" else 1]))])
     tokenizer = found["tokenizer"]
     text = f"""# Thinking with generated images on the tiny Chameleon
 
@@ -204,6 +214,11 @@ Blocks of 64 codes; one code a pass takes 64 passes. "Right patches" of the firs
 already; they are kept where the second picture has the same codes.
 
 {table(clear)}
+
+The same for {arguments.count} first pictures of one to three shapes with mistakes that the generator made up, and its
+own words:
+
+{table(mended)}
 """
     if missing := found["not_measured"]:
         text += f"\nNot measured: {', '.join(missing)}.\n"
@@ -230,8 +245,9 @@ def main() -> None:
         if arguments.only and not any(word in label for word in arguments.only):
             continue
         row = {"name": arm.name, "seed": str(seed)}
-        kinds = {"thinking": measure_thinking, "matters": measure_matters, "clear": measure_clear}
-        for kind in arm.left_out | ({"matters"} if seed == SEEDS[1] else set()):
+        kinds = {"thinking": measure_thinking, "matters": measure_matters}
+        kinds |= {"clear": measure_clear, "mended": measure_mended}
+        for kind in arm.left_out | ({"matters", "mended"} if seed == SEEDS[1] else set()):
             kinds.pop(kind, None)
         for kind, what in kinds.items():
             path = work / "measured" / f"{label}-{kind}.json"

@@ -15,10 +15,11 @@ from PIL import Image
 from thinkclearly.data.shape_critic import critique_of, read_scene
 from thinkclearly.data.shape_score import is_shown
 from thinkclearly.data.shapes import Scene, nearest_colour
-from thinkclearly.data.thoughts import thought_rows
+from thinkclearly.data.thoughts import IMAGE, thought_rows
 from thinkclearly.decoding.interleaved import Context, Drew, Said, context, interleave
 from thinkclearly.decoding.thought_settings import ThoughtSettings
 from thinkclearly.generation.draw import to_pictures
+from thinkclearly.images import load_image
 from thinkclearly.models.chameleon.processor import ChameleonProcessor
 from thinkclearly.models.instruction_head import InstructionModel
 
@@ -171,16 +172,42 @@ def right_patches(picture: Image.Image, scene: Scene, grid: int) -> np.ndarray:
 def second_thoughts(model, processor, prompts, settings: ThoughtSettings) -> dict:
     """Second pictures by critique: done, passes, and what was right in the first picture and is still the same."""
     found, result = critiques(model, processor, prompts, settings)
+    return result | _kept(model, processor, found, prompts)
+
+
+def mended(model, processor, count: int, settings: ThoughtSettings) -> dict:
+    """The same for first pictures with made-up mistakes of the generator, and its words."""
+    rows = thought_rows("critique", count, "test", seed=SEED + 2, wrong=1.0)
+    prompts = [(row["prompt"], Scene.from_json(row["scene"])) for row in rows]
+    squares = [load_image(row["images"][0]["bytes"]) for row in rows]
+    codes = [model.token_model.encode(processor.pixel_values([square]))[0].tolist() for square in squares]
+    contexts = []
+    for row, first in zip(rows, codes):
+        start, words = (
+            context(processor, row["prompt"], settings),
+            row["response"].removeprefix(IMAGE).removesuffix(IMAGE),
+        )
+        ids = [*processor.picture_ids(first)[1:], *processor.encode_words(words, bos=False), processor.boi_id]
+        contexts.append(Context([*start.ids, *ids], start.prompt_ids, [first]))
+    found = think(model, processor, contexts, replace(settings, max_pictures=2))
+    for one, first in zip(found, codes):
+        one.pictures.insert(0, first)
+    last = shown(model, [one.pictures[-1] for one in found], [scene for _, scene in prompts])
+    return {"first": 0.0, "last": share(last)} | _kept(model, processor, found, prompts)
+
+
+def _kept(model, processor, found: list[Found], prompts) -> dict:
     pairs = [(one, scene) for one, (_, scene) in zip(found, prompts) if len(one.pictures) > 1]
-    kept = total = whole = 0
+    kept = total = whole = right_pictures = 0
     for (one, scene), picture in zip(pairs, draw_pictures(model, [one.pictures[0] for one, _ in pairs])):
         right = right_patches(picture, scene, processor.grid)
         same = np.array(one.pictures[0]) == np.array(one.pictures[-1])
         kept, total = kept + (same & right).sum(), total + right.sum()
-        whole += bool(same.all()) if is_shown(picture, scene) else 0
-    return result | {
+        if is_shown(picture, scene):
+            right_pictures, whole = right_pictures + 1, whole + bool(same.all())
+    return {
         "passes": float(np.mean([one.passes[-1] for one, _ in pairs])),
         "right patches kept": float(kept / total),
-        "right pictures kept whole": float(whole / max(1, result["first"] * len(found))),
+        "right pictures kept whole": float(whole / max(1, right_pictures)),
         "copied by CLEAR": float(np.mean([one.copied / processor.num_image_tokens for one, _ in pairs])),
     }

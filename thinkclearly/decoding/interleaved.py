@@ -29,10 +29,12 @@ class Context:
     Attributes:
         ids: the prompt as it is read; where it ends with BOI, the first picture comes before any word.
         prompt_ids: what the row `prompt` is told.
+        pictures: codes of the pictures in `ids` that count as the thought's own, so that the next one may edit the last.
     """
 
     ids: list[int]
     prompt_ids: list[int]
+    pictures: Sequence[list[int]] = ()
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class _Interleaver:
         for number, (start, key) in enumerate(zip(contexts, samples)):
             told = {UNCOND: [boi], NEGATIVE: [*negative, boi], PROMPT: [*start.prompt_ids, boi], PICTURES: []}
             rows = {name: _Row(told.get(name, [])) for name in self.names}
-            self.thoughts.append(_Thought(number, tuple(key), rows))
+            self.thoughts.append(_Thought(number, tuple(key), rows, pictures=list(start.pictures)))
             self._append(self.thoughts[-1], start.ids)
         self.reader = Reader(self.family, torch.ones(len(self.thoughts) * len(self.names), 1, device=self.device) > 0)
         self.filters = warpers(settings.temperature, settings.top_k, settings.top_p)
