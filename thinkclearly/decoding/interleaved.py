@@ -29,7 +29,7 @@ class Context:
     Attributes:
         ids: the prompt as it is read; where it ends with BOI, the first picture comes before any word.
         prompt_ids: what the row `prompt` is told.
-        pictures: codes of the pictures in `ids` that count as the thought's own, so that the next one may edit the last.
+        pictures: codes of the pictures in `ids` that are the thought's own: the next one may edit the last.
     """
 
     ids: list[int]
