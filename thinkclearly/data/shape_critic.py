@@ -1,6 +1,6 @@
 """What a picture of shapes on a plain background shows, what is wrong with it in words, and the picture put right.
 
-A critique of any picture, a model's own drawings among them, where `data.thoughts` makes both picture and mistake.
+A critique of any picture, a model's own drawings among them, whereas `data.thoughts` makes both picture and mistake.
 Knows nothing of models.
 """
 

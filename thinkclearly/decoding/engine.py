@@ -99,7 +99,7 @@ def decode(
         on_step: called with the number of positions done after each pass.
     """
     # The prompts are read once for all samples; the last position is where the output begins.
-    last, capacity = embeds.shape[1] - 1, num_tokens + _longest(settings, num_tokens)
+    last, capacity = embeds.shape[1] - 1, num_tokens + longest_block(settings, num_tokens)
     reader = Reader(model.token_model, F.pad(attention_mask.bool(), (0, capacity), value=True))
     _read_prompts(reader, embeds[:, :last], attention_mask, list(rows))
     picture = PictureRows(reader, embeds[:, -1:], [last] * len(embeds), len(rows))
@@ -139,7 +139,7 @@ def draw_codes(
     Afterwards the reader holds keys and values of every code but the last.
     """
     count, width, device = len(samples), math.isqrt(num_tokens), picture.boi.device
-    longest = _longest(settings, num_tokens)
+    longest = longest_block(settings, num_tokens)
     capacity = num_tokens + longest  # a block may reach beyond the end
     choose = _Chooser(model, settings, rows, samples, transformed, capacity, device, keep_logps)
     board = _Board(count, num_tokens, capacity, width, device)
@@ -163,7 +163,8 @@ def draw_codes(
     return board.finished()
 
 
-def _longest(settings: DecodeSettings, num_tokens: int) -> int:
+def longest_block(settings: DecodeSettings, num_tokens: int) -> int:
+    """Positions that a block may have, and so reach beyond the end."""
     return min(settings.block or MAX_BLOCK, num_tokens)
 
 

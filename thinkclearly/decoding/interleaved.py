@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from thinkclearly.decoding.engine import MAX_BLOCK, draw_codes
+from thinkclearly.decoding.engine import draw_codes, longest_block
 from thinkclearly.decoding.reader import PictureRows, Reader
 from thinkclearly.decoding.sampling import draw, gumbel_noise, warpers
 from thinkclearly.decoding.thought_settings import NEGATIVE, PICTURES, PROMPT, ThoughtSettings
@@ -236,7 +236,8 @@ class _Interleaver:
         """A picture for every thought that goes on; those that are guided alike are drawn together."""
         groups: dict[tuple, list[_Thought]] = {}
         for thought in (t for t in self.thoughts if t.ended is None):
-            weights = tuple(self.settings.weights(len(thought.pictures)).items())
+            found = self.settings.weights(len(thought.pictures))
+            weights = tuple((name, found[name]) for name in self.names if name in found)
             with_source = bool(thought.pictures) and self.settings.second == "edit"
             groups.setdefault((weights, with_source), []).append(thought)
         for (weights, with_source), thoughts in groups.items():
@@ -245,10 +246,14 @@ class _Interleaver:
     def _draw(self, thoughts: list[_Thought], weights: dict[str, float], with_source: bool):
         # 1. Read the rows up to BOI, which is read with the first codes.
         rows = [(thought, name) for thought in thoughts for name in weights]
-        if any(len(t.rows[name].ids) - t.rows[name].read > 1 for t, name in rows):
-            self._read(rows, up_to=-1)
+        # One by one by name: their lengths differ, and the shorter ones would be padded.
+        for name in weights:
+            new = [(t, name) for t in thoughts if len(t.rows[name].ids) - t.rows[name].read > 1]
+            if new:
+                self._read(new, up_to=-1)
         last = [len(thought.rows[name].ids) - 1 for thought, name in rows]
-        self._reserve(max(last) + self.processor.num_image_tokens + MAX_BLOCK)
+        n, settings = self.processor.num_image_tokens, self.settings.drawing()
+        self._reserve(max(last) + n + longest_block(settings, n))
         # 2. Draw.
         boi = self.family.embed_words(torch.full((len(rows), 1), self.processor.boi_id, device=self.device))
         source = torch.tensor([t.pictures[-1] for t in thoughts], device=self.device) if with_source else None
@@ -257,8 +262,8 @@ class _Interleaver:
         decoded = draw_codes(
             self.model,
             PictureRows(self.reader, boi, last, len(weights), [self._place(*row) for row in rows]),
-            self.processor.num_image_tokens,
-            self.settings.drawing(),
+            n,
+            settings,
             rows=weights,
             samples=[(*thought.key, thought.parts + 1) for thought in thoughts],
             source_tokens=source,
@@ -305,9 +310,9 @@ class _Interleaver:
         return thought.number * len(self.names) + self.names.index(name)
 
     def _reserve(self, slots: int) -> None:
-        room = self.reader.cache.visible.shape[1]
+        room, most = self.reader.cache.visible.shape[1], self.settings.max_length + self.processor.num_image_tokens
         if slots > room:
-            self.reader.reserve(max(slots, 2 * room))
+            self.reader.reserve(max(slots, min(2 * room, most)))
 
     def _append(self, thought: _Thought, ids: list[int]) -> None:
         thought.rows[FULL].ids.extend(ids)

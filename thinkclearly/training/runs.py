@@ -58,8 +58,8 @@ MAY_CHANGE = (
     *("ignore_data_skip", "restore_callback_states_from_checkpoint"),
 )
 # What of prepared records a fingerprint is made of.
-WORDS = ("key", "instruction", "answer", "prompts", "scene", "edit")
-CODES = ("input_tokens", "output_tokens", "transformed_tokens", "content", "input_ids", "copied")
+WORDS = ("key", "instruction", "answer", "prompts", "scene", "edit", "response_start")
+CODES = ("input_tokens", "output_tokens", "transformed_tokens", "content", "input_ids", "copied", "edit_of")
 # Places of this machine, and what is of a single command.
 _NOT_KEPT = ("output_dir", "prepared_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run", "local_rank")
 
