@@ -106,7 +106,7 @@ def plain_loss(pair, rows):
                 label = torch.tensor(k if edited[place] else code_of[label.item()])
                 weight = CLEAR_WEIGHT if edited[place] else 1.0
             total, weights = total + weight * F.cross_entropy(scores, label).item(), weights + weight
-        for start in row["picture_starts"]:
+        for start in [place for place in row["picture_starts"] if place >= row["response_start"]]:  # not the given
             codes = torch.tensor([code_of[token] for token in row["input_ids"][start : start + n]])
             wanted = network.model.vqmodel.quantize.embedding(codes)
             found = model.projection(hidden[start - model.shift : start - model.shift + n])
