@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hub_server import HubServer
 from random_chameleons import save, small_chameleon
 from safetensors.torch import load_file
@@ -27,6 +28,15 @@ if not (GOLDEN_ROOT / "janus_tiny").is_dir():
 def golden() -> Path:
     """The tiny reference checkpoint and its expected values."""
     return GOLDEN_ROOT / "janus_tiny"
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The order of a sum depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=sorted(path.stem for path in (GOLDEN_ROOT / "janus_tiny" / "images").glob("*.png")))

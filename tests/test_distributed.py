@@ -13,6 +13,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
+from real_runs import results
 from safetensors.torch import load_file
 
 from thinkclearly import cli, load_editor
@@ -65,10 +66,6 @@ def several(folder, jobs):
 def history(directory):
     state = json.loads((directory / "trainer_state.json").read_text())
     return [[log["loss"], log["grad_norm"], log["clear_rate_true"]] for log in state["log_history"] if "loss" in log]
-
-
-def results(directory):
-    return json.loads((directory / "all_results.json").read_text())
 
 
 def assert_same_run(found, expected):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from real_runs import results, run_and_kill
 from safetensors.torch import load_file
 from tiny_runs import trained
 from transformers import TrainerCallback
@@ -455,22 +455,9 @@ def with_rewards(settings, monkeypatch):
     return os.environ | environment | {"CUDA_VISIBLE_DEVICES": ""}
 
 
-@pytest.fixture
-def one_thread():
-    """The order of a sum depends on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def history(folder, *names):
     state = json.loads((folder / "trainer_state.json").read_text())
     return [[log.get(name, np.nan) for name in names] for log in state["log_history"] if "loss" in log]
-
-
-def results(folder):
-    return json.loads((folder / "all_results.json").read_text())
 
 
 def launch(config, environment, options, script=ROOT / "scripts" / "train.py"):
@@ -481,20 +468,6 @@ def launch(config, environment, options, script=ROOT / "scripts" / "train.py"):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-KILL = """
-import os, signal, sys
-from thinkclearly import cli
-from thinkclearly.training.callbacks import Speed
-
-def on_step_end(self, args, state, control, **kwargs):
-    if state.global_step == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Speed.on_step_end = on_step_end
-cli.main(sys.argv[1:])
-"""
-
-
 @pytest.mark.slow
 def test_a_run_killed_between_steps_on_the_same_samples_ends_bit_identical(
     settings, with_rewards, one_thread, tmp_path
@@ -503,8 +476,7 @@ def test_a_run_killed_between_steps_on_the_same_samples_ends_bit_identical(
     options, whole, killed = settings | changed, tmp_path / "whole", tmp_path / "killed"
     cli.main(["train", *flags(options | {"output_dir": whole})])
     argv = ["train", *flags(options | {"output_dir": killed})]
-    process = subprocess.run([sys.executable, "-c", KILL, *argv], cwd=ROOT, env=with_rewards, capture_output=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr[-4000:]
+    run_and_kill(argv, 4, with_rewards)
     assert (killed / "checkpoint-3" / "samples_0.safetensors").is_file()
     assert not (killed / "adapter_model.safetensors").exists()
     cli.main(argv)

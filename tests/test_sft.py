@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from real_runs import results, run_and_kill
 from safetensors.torch import load_file
 from tiny_runs import history, trained
 
@@ -271,15 +271,6 @@ def settings(golden, data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """The order of a sum depends on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
 def finetune(settings, one_thread, tmp_path_factory):
     """What the command leaves."""
     folder = tmp_path_factory.mktemp("run") / "model"
@@ -287,29 +278,10 @@ def finetune(settings, one_thread, tmp_path_factory):
     return folder
 
 
-def results(folder):
-    return json.loads((folder / "all_results.json").read_text())
-
-
-KILL = """
-import os, signal, sys
-from thinkclearly import cli
-from thinkclearly.training.callbacks import Speed
-
-def on_step_end(self, args, state, control, **kwargs):
-    if state.global_step == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Speed.on_step_end = on_step_end
-cli.main(sys.argv[1:])
-"""
-
-
 def test_a_run_that_is_killed_goes_on_by_the_same_command_and_ends_bit_identical(settings, finetune, tmp_path):
     argv = ["train", *flags(settings | {"output_dir": tmp_path})]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run([sys.executable, "-c", KILL, *argv], cwd=ROOT, env=environment, capture_output=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr[-4000:]
+    run_and_kill(argv, 3, environment)
     assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "adapter_model.safetensors").exists()
     cli.main(argv)
     for name in ("adapter_model.safetensors", "clear_config.json"):

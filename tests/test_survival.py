@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from thinkclearly import cli
 from thinkclearly.training.checkpoints import last_checkpoint
@@ -116,15 +115,6 @@ def test_a_run_killed_at_ten_random_moments_ends_bit_identical(tmp_path, uninter
 
 
 # ---- SIGTERM and a full disk, in this process --------------------------------------------------------------------
-
-
-@pytest.fixture
-def one_thread():
-    """As the processes above have: the order of a sum depends on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(folder, *flags):

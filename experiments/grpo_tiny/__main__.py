@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
-from experiments.arms import kept, train
+from experiments.arms import kept, parse, train
 from thinkclearly.data.options import DataArguments
 from thinkclearly.data.pairs import shape_pairs
 from thinkclearly.data.sources import shapes
@@ -214,15 +212,9 @@ Seed {SEEDS[0]}, median of {STEPS} steps, one thread; "reference" of distillatio
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("outputs/grpo_tiny"))
-    parser.add_argument("--pairs", type=int, default=150, help="held-out pairs of captions")
-    parser.add_argument("--edits", type=int, default=300, help="held-out edits")
-    parser.add_argument("--only", nargs="*", default=[], help="arms whose name holds one of these words; no report")
-    parser.add_argument("--so_far", action="store_true", help="report what is measured; train and measure nothing")
-    arguments = parser.parse_args()
+    counts = {"pairs": (150, "held-out pairs of captions"), "edits": (300, "held-out edits")}
+    arguments = parse(__doc__, "outputs/grpo_tiny", counts)
     work = arguments.work
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     found = {"machine": machine(), "rows": [], "stages": {}, "not_measured": []}
     for edits, name in ((False, "tiny"), (True, str(TINY_CLEAR))):
         if not any(arm.edits == edits for arm in ARMS):

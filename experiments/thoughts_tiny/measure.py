@@ -172,7 +172,7 @@ def right_patches(picture: Image.Image, scene: Scene, grid: int) -> np.ndarray:
 def second_thoughts(model, processor, prompts, settings: ThoughtSettings) -> dict:
     """Second pictures by critique: done, passes, and what was right in the first picture and is still the same."""
     found, result = critiques(model, processor, prompts, settings)
-    return result | _kept(model, processor, found, prompts)
+    return result | kept(model, processor, found, prompts)
 
 
 def mended(model, processor, count: int, settings: ThoughtSettings) -> dict:
@@ -183,31 +183,33 @@ def mended(model, processor, count: int, settings: ThoughtSettings) -> dict:
     codes = [model.token_model.encode(processor.pixel_values([square]))[0].tolist() for square in squares]
     contexts = []
     for row, first in zip(rows, codes):
-        start, words = (
-            context(processor, row["prompt"], settings),
-            row["response"].removeprefix(IMAGE).removesuffix(IMAGE),
-        )
+        start = context(processor, row["prompt"], settings)
+        words = row["response"].removeprefix(IMAGE).removesuffix(IMAGE)
         ids = [*processor.picture_ids(first)[1:], *processor.encode_words(words, bos=False), processor.boi_id]
         contexts.append(Context([*start.ids, *ids], start.prompt_ids, [first]))
     found = think(model, processor, contexts, replace(settings, max_pictures=2))
     for one, first in zip(found, codes):
         one.pictures.insert(0, first)
-    last = shown(model, [one.pictures[-1] for one in found], [scene for _, scene in prompts])
-    return {"first": 0.0, "last": share(last)} | _kept(model, processor, found, prompts)
+    scenes = [scene for _, scene in prompts]
+    right = {
+        name: shown(model, [one.pictures[k] for one in found], scenes) for name, k in (("first", 0), ("last", -1))
+    }
+    return {name: share(values) for name, values in right.items()} | kept(model, processor, found, prompts)
 
 
-def _kept(model, processor, found: list[Found], prompts) -> dict:
+def kept(model, processor, found: list[Found], prompts) -> dict[str, float]:
+    """Of second pictures: passes, and shares of what was right in the first pictures and has the same codes."""
     pairs = [(one, scene) for one, (_, scene) in zip(found, prompts) if len(one.pictures) > 1]
-    kept = total = whole = right_pictures = 0
+    same_patches = total = whole = right_pictures = 0
     for (one, scene), picture in zip(pairs, draw_pictures(model, [one.pictures[0] for one, _ in pairs])):
         right = right_patches(picture, scene, processor.grid)
         same = np.array(one.pictures[0]) == np.array(one.pictures[-1])
-        kept, total = kept + (same & right).sum(), total + right.sum()
+        same_patches, total = same_patches + (same & right).sum(), total + right.sum()
         if is_shown(picture, scene):
             right_pictures, whole = right_pictures + 1, whole + bool(same.all())
     return {
         "passes": float(np.mean([one.passes[-1] for one, _ in pairs])),
-        "right patches kept": float(kept / total),
+        "right patches kept": float(same_patches / total),
         "right pictures kept whole": float(whole / max(1, right_pictures)),
         "copied by CLEAR": float(np.mean([one.copied / processor.num_image_tokens for one, _ in pairs])),
     }

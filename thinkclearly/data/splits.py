@@ -72,7 +72,8 @@ def build_data(
         ValueError: too few records, or too few that share no picture, to hold any out.
     """
     if data.source not in ("jsonl", "prepared", "shapes", "magicbrush", "folder", "sharegpt4o"):
-        raise ValueError(f"source: {data.source} has no photo pairs; use it with --method sft")
+        use = f"use it with --method {'interleaved' if data.source == 'thoughts' else 'sft'}"
+        raise ValueError(f"source: {data.source} has no photo pairs; {use}")
     state = PartialState()
     options = {
         "instructions": instructions,
